@@ -1,0 +1,318 @@
+"""The experts of a MoE layer, forward and backward, with the least memory that needs no recomputation.
+
+Forward                                             Backward, given dO
+    H = gather(X) . W_gate_up^T   (saved)               dA' = gather(dO) . W_down   -> dS, A' = s A, dH over H
+    A = act(H)                    (freed)               dW_down = gather(dO)^T . A'          then A' is freed
+    Y = A . W_down^T              (freed)               dX = sum over k of dH . W_gate_up    a few columns at a time
+    O = sum over k of s Y                               dW_gate_up = dH^T . gather(X)
+
+Two autograd Functions, so that dW_down is accumulated and freed before dW_gate_up exists. Between forward and backward
+live X, H, the plan and the routing weights. Source of the algorithm: SonicMoE (arXiv 2512.14080); in-place dH, the
+order and the column chunks are ours. Shape letters: T K R E D I, and N = 2I (gated) or I.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from moe_kernels.functional.routing_plan import RoutingPlan
+from moe_kernels.ops._contract import check_activation, describe, fail, is_gated
+
+RECOMPUTE = (None, "pre_activation")
+
+#: Y and dX rows are made and summed this many columns at a time once the whole buffer would be large.
+_CHUNK_COLUMNS = 512
+_CHUNK_ABOVE_BYTES = 64 * 2**20
+
+
+class _How(NamedTuple):
+    activation: str
+    store_h: bool  # False: nobody needs H, or the backward makes it again
+    recompute: bool
+    over_h: bool  # the backward may write dH over H
+    dtype: torch.dtype  # of the products; a parameter of another dtype is cast here and gets its gradient in its own
+
+
+def moe_experts(
+    x_TD: Tensor,
+    routing_weights_TK: Tensor,
+    plan: RoutingPlan,
+    w_gate_up_E2ID: Tensor,
+    w_down_EDI: Tensor,
+    *,
+    activation: str = "swiglu",
+    bias_gate_up_E2I: Tensor | None = None,
+    bias_down_ED: Tensor | None = None,
+    recompute: str | None = None,
+) -> Tensor:
+    """Run every token through its experts and sum their weighted outputs.
+
+    Args:
+        x_TD: tokens [T, D].
+        routing_weights_TK: [T, K], any float dtype; multiplies the expert outputs (after the down bias).
+        plan: :func:`routing_plan` of the [T, K] expert indices.
+        w_gate_up_E2ID: [E, 2I, D], gate rows before up rows; [E, I, D] for a non-gated activation.
+        w_down_EDI: [E, D, I].
+        activation: gated "swiglu", "geglu", "geglu_tanh"; non-gated "relu2", "gelu", "gelu_tanh", "silu".
+        bias_gate_up_E2I, bias_down_ED: optional.
+        recompute: None saves the pre-activation H [R, 2I]; "pre_activation" saves only x and makes H again in the
+            backward, +22 % FLOPs. It also allows more than one backward over the graph, which otherwise raises: dH is
+            written over H.
+
+    Returns:
+        [T, D] in the dtype of ``x_TD``. Under autocast the products run in the autocast dtype and fp32 parameters get
+        fp32 gradients. Differentiable in x, the routing weights, both weights and both biases; frozen ones are
+        skipped. No host sync; bitwise reproducible.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, an unknown activation or recompute.
+        RuntimeError: a second backward over a consumed graph, a double backward, a forced backend that can't run.
+    """
+    tensors = (x_TD, routing_weights_TK, w_gate_up_E2ID, w_down_EDI, bias_gate_up_E2I, bias_down_ED)
+    _check(*tensors, plan, activation, recompute)
+    needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    how = _How(
+        activation,
+        store_h=needs_backward and recompute is None,
+        recompute=recompute is not None,
+        over_h=not torch.compiler.is_compiling(),  # a compiler would copy H first: no gain
+        dtype=_compute_dtype(x_TD),
+    )
+    x = x_TD.to(how.dtype)
+    h_RN, a_RI = _GateUp.apply(x, w_gate_up_E2ID, bias_gate_up_E2I, plan, how)
+    again = (x, w_gate_up_E2ID, bias_gate_up_E2I) if how.recompute and needs_backward else (None, None, None)
+    out_TD = _Down.apply(h_RN, a_RI, routing_weights_TK, w_down_EDI, bias_down_ED, again, plan, how)
+    return out_TD.to(x_TD.dtype)
+
+
+class _GateUp(torch.autograd.Function):
+    """X -> (H, A). A carries no gradient: ``_Down`` returns the gradient of H."""
+
+    @staticmethod
+    def forward(ctx, x_TD, w_E2ID, bias_E2I, plan, how):
+        h_RN, a_RI = _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, store_h=how.store_h, store_a=True)
+        if not how.store_h:  # H exists for autograd's graph alone: right shape, one element of memory
+            h_RN = x_TD.new_empty(1, 1).expand(plan.slots_R.shape[0], w_E2ID.shape[1])
+        ctx.save_for_backward(x_TD, w_E2ID, *plan[:4])
+        ctx.block_m, ctx.dtype, ctx.has_bias = plan.block_m, how.dtype, bias_E2I is not None
+        ctx.mark_non_differentiable(a_RI)
+        ctx.set_materialize_grads(False)
+        return h_RN, a_RI
+
+    @staticmethod
+    def backward(ctx, dh_RN, _):
+        x_TD, w_E2ID, *tensors = ctx.saved_tensors
+        plan = RoutingPlan(*tensors, ctx.block_m)
+        dx_TD = dw_E2ID = d_bias_E2I = None
+        if ctx.needs_input_grad[0]:
+            dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(ctx.dtype), None, None, plan, trans_w=False)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dw_E2ID, d_bias_E2I = torch.ops.moe_kernels.grouped_wgrad(
+                dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", ctx.has_bias, w_E2ID.dtype
+            )
+        return (
+            dx_TD,
+            dw_E2ID if ctx.needs_input_grad[1] else None,
+            d_bias_E2I if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+class _Down(torch.autograd.Function):
+    """(H, A, S) -> O. Saves H and recomputes A from it; its backward returns dH in H's own memory."""
+
+    @staticmethod
+    def forward(ctx, h_RN, a_RI, weights_TK, w_EDI, bias_ED, again, plan, how):
+        out_TD = _row_product_and_sum(
+            a_RI, w_EDI.to(how.dtype), _to(bias_ED, how.dtype), weights_TK, plan, trans_w=True
+        )
+        ctx.save_for_backward(h_RN, weights_TK, w_EDI, bias_ED, *plan[:4], *again)
+        ctx.block_m, ctx.how, ctx.consumed = plan.block_m, how, None
+        return out_TD
+
+    @staticmethod
+    def backward(ctx, d_out_TD):
+        h_RN, weights_TK, w_EDI, bias_ED, plan, again = _saved(ctx)
+        how, d_out_TD = ctx.how, d_out_TD.contiguous()
+        needs_h, _, needs_weights, needs_w, needs_bias, *_ = ctx.needs_input_grad
+        dw_EDI = d_weights_TK = d_bias_ED = None
+        if how.recompute:
+            h_RN, _ = _gate_up(*again, plan, how, store_h=True, store_a=False)
+
+        dh_RN, a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI.to(how.dtype), h_RN, weights_TK, plan)
+        if needs_w:
+            dw_EDI, _ = torch.ops.moe_kernels.grouped_wgrad(
+                d_out_TD, a_scaled_RI, plan.offsets_E1, plan.slots_R, plan.top_k, "lhs", False, w_EDI.dtype
+            )
+        if bias_ED is not None:
+            d_weights_TK = d_weights_TK + _down_bias_in_d_weights(d_out_TD, bias_ED, plan)
+            d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan) if needs_bias else None
+        return (
+            dh_RN if needs_h else None,
+            None,
+            d_weights_TK.to(weights_TK.dtype) if needs_weights else None,
+            dw_EDI,
+            d_bias_ED,
+            None,
+            None,
+            None,
+        )
+
+
+# The steps
+
+
+def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
+    return torch.ops.moe_kernels.gate_up(
+        x_TD,
+        w_E2ID.to(how.dtype),
+        _to(bias_E2I, how.dtype),
+        plan.offsets_E1,
+        plan.slots_R,
+        plan.tiles_2M,
+        plan.block_m,
+        plan.top_k,
+        how.activation,
+        store_h,
+        store_a,
+    )
+
+
+def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, *, trans_w) -> Tensor:
+    """sum over k of s * (a . W) per token, [T, N]; the [R, N] rows exist only a few columns at a time."""
+    width = w.shape[1 if trans_w else 2]
+    out_TN = a_RC.new_empty(plan.positions_TK.shape[0], width)
+    whole = a_RC.shape[0] * width * a_RC.element_size() <= _CHUNK_ABOVE_BYTES or torch.compiler.is_compiling()
+    step = width if whole else _CHUNK_COLUMNS
+    for start in range(0, width, step):
+        columns = slice(start, min(start + step, width))
+        y_Rn = torch.ops.moe_kernels.grouped_gemm(
+            a_RC,
+            w[:, columns] if trans_w else w[:, :, columns],
+            None if bias_EN is None else bias_EN[:, columns],
+            plan.offsets_E1,
+            plan.tiles_2M,
+            plan.block_m,
+            trans_w,
+        )
+        torch.ops.moe_kernels.combine(out_TN[:, columns], y_Rn, plan.positions_TK, weights_TK, None)
+    return out_TN
+
+
+def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
+    arguments = (
+        d_out_TD,
+        w_EDI,
+        h_RN,
+        weights_TK,
+        plan.offsets_E1,
+        plan.slots_R,
+        plan.tiles_2M,
+        plan.block_m,
+        ctx.how.activation,
+    )
+    if not ctx.how.over_h:
+        return torch.ops.moe_kernels.d_activation(*arguments)
+    a_scaled_RI, d_weights_TK = torch.ops.moe_kernels.d_activation_(*arguments)
+    if not ctx.how.recompute:
+        torch.autograd.graph.increment_version(h_RN)  # autograd itself then refuses a second backward
+        ctx.consumed = StorageWeakRef(h_RN.untyped_storage())
+    return h_RN, a_scaled_RI, d_weights_TK
+
+
+def _saved(ctx):
+    """Unpack what ``_Down`` saved, refusing an H that an earlier backward wrote over.
+
+    Autograd notices by H's version. Saved-tensor hooks that hand back the very same memory get past it, so the storage
+    is compared too; a copy (offload) or a recomputed H (checkpointing) is another storage and passes.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("moe_experts: double backward (create_graph=True) is not supported")
+    try:
+        h_RN, weights_TK, w_EDI, bias_ED, *rest = ctx.saved_tensors
+    except RuntimeError as error:
+        if ctx.consumed is None:
+            raise
+        raise RuntimeError(_CONSUMED) from error
+    if ctx.consumed is not None and ctx.consumed == StorageWeakRef(h_RN.untyped_storage()):
+        raise RuntimeError(_CONSUMED)
+    return h_RN, weights_TK, w_EDI, bias_ED, RoutingPlan(*rest[:4], ctx.block_m), rest[4:]
+
+
+_CONSUMED = (
+    "moe_experts: a second backward over the same graph: the first one wrote its gradient over the saved "
+    'pre-activation. Run the forward again, or pass recompute="pre_activation", whose graph may be used more than once.'
+)
+
+
+def _expert_TK(plan: RoutingPlan) -> Tensor:
+    """The expert of each slot; E for a dropped one."""
+    expert_TK = torch.searchsorted(plan.offsets_E1[1:], plan.positions_TK, right=True)
+    return torch.where(plan.positions_TK < 0, plan.num_experts, expert_TK)
+
+
+def _down_bias_in_d_weights(d_out_TD, bias_ED, plan) -> Tensor:
+    """<dO[t], b[e]> for each slot: the bias is part of what the routing weight multiplies."""
+    acc = torch.promote_types(d_out_TD.dtype, torch.float32)
+    dots_TE = d_out_TD.to(acc) @ bias_ED.to(acc).T
+    dots_TE1 = torch.nn.functional.pad(dots_TE, (0, 1))
+    return dots_TE1.gather(1, _expert_TK(plan))
+
+
+def _d_down_bias(d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
+    """sum over the rows of e of s * dO, as a product with the [T, E] matrix of routing weights."""
+    acc = torch.promote_types(d_out_TD.dtype, torch.float32)
+    experts_E = torch.arange(plan.num_experts, device=d_out_TD.device)
+    expert_TK = _expert_TK(plan)
+    weights_TE = d_out_TD.new_zeros((d_out_TD.shape[0], plan.num_experts), dtype=acc)
+    for k in range(plan.top_k):  # adds in a fixed order, where a scatter of repeated ids would not
+        weights_TE += (expert_TK[:, k, None] == experts_E) * weights_TK[:, k, None].to(acc)
+    return (weights_TE.T @ d_out_TD.to(acc)).to(bias_ED.dtype)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+def _compute_dtype(x_TD: Tensor) -> torch.dtype:
+    device = x_TD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+
+
+def _check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, plan, activation, recompute):
+    op = "moe_experts"
+    check_activation(op, activation)
+    if recompute not in RECOMPUTE:
+        fail(op, "recompute", recompute, 'None or "pre_activation"')
+    if not isinstance(plan, RoutingPlan):
+        raise TypeError(
+            f"{op}: plan must be a RoutingPlan from routing_plan(expert_indices, num_experts), got {plan!r}"
+        )
+    if x_TD.dim() != 2:
+        fail(op, "x", x_TD, "2-dimensional, [T, D]")
+    if tuple(weights_TK.shape) != tuple(plan.positions_TK.shape):
+        fail(op, "routing_weights", weights_TK, f"shaped like the plan's indices {list(plan.positions_TK.shape)}")
+    if w_gate_up.dim() != 3 or w_down.dim() != 3:
+        fail(
+            op,
+            "w_gate_up, w_down",
+            tuple(w_gate_up.shape) + tuple(w_down.shape),
+            "3-dimensional, [E, 2I, D], [E, D, I]",
+        )
+    inner = w_gate_up.shape[1] // (2 if is_gated(activation) else 1)
+    if tuple(w_down.shape) != (w_gate_up.shape[0], w_gate_up.shape[2], inner):
+        accepted = f"[E, D, I] = {[w_gate_up.shape[0], w_gate_up.shape[2], inner]} to match w_gate_up and {activation}"
+        fail(op, "w_down", w_down, accepted)
+    if bias_down is not None and tuple(bias_down.shape) != tuple(w_down.shape[:2]):
+        fail(op, "bias_down", bias_down, f"of shape {list(w_down.shape[:2])}")
+    for name, tensor in (("routing_weights", weights_TK), ("w_gate_up", w_gate_up), ("w_down", w_down)):
+        if tensor.device != x_TD.device:
+            fail(op, name, tensor, f"on {x_TD.device} like x")
+    if torch.is_autocast_enabled(x_TD.device.type):
+        return
+    for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
+        if tensor.dtype != x_TD.dtype:
+            raise TypeError(f"{op}: {name} must be {x_TD.dtype} like x (or run under autocast), got {describe(tensor)}")

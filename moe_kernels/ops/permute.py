@@ -1,0 +1,28 @@
+"""permute: copy token rows to expert order, out[r] = weights[slot] * x[slot // K] with slot = slots[r].
+
+Without weights it is a plain copy. Rows past offsets[E] (dropped slots) are zero.
+"""
+
+from moe_kernels.backends import Problem
+from moe_kernels.ops import _contract as c
+from moe_kernels.ops._library import define
+
+
+def _check(x_TD, weights_TK, offsets_E1, slots_R, top_k):
+    op = "permute"
+    c.check_matrix(op, "x", x_TD, 2, "[T, D]")
+    c.check_index(op, "offsets", offsets_E1, 1, "[E+1]", x_TD)
+    c.check_index(op, "slots", slots_R, 1, "[R]", x_TD)
+    c.check_size(op, "slots", slots_R, 0, x_TD.shape[0] * top_k, "R = T * top_k")
+    if weights_TK is not None:
+        c.check_matrix(op, "weights", weights_TK, 2, "[T, K]")
+        c.check_size(op, "weights", weights_TK, 0, x_TD.shape[0], "T of x")
+        c.check_size(op, "weights", weights_TK, 1, top_k, "top_k")
+
+
+define(
+    "permute(Tensor x, Tensor? weights, Tensor offsets, Tensor slots, int top_k) -> Tensor",
+    check=_check,
+    fake=lambda x, weights, offsets, slots, top_k: x.new_empty(slots.shape[0], x.shape[1]),
+    problem=lambda x, *_: Problem(x.device, x.dtype, (x.shape[1],)),
+)
