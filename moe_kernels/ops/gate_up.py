@@ -53,8 +53,8 @@ def _fake(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, a
 
 
 define(
-    "gate_up(Tensor x, Tensor w_gate_up, Tensor? bias_gate_up, Tensor offsets, Tensor slots, Tensor tiles, int block_m, "
-    "int top_k, str activation, bool store_h, bool store_a) -> (Tensor, Tensor)",
+    "gate_up(Tensor x, Tensor w_gate_up, Tensor? bias_gate_up, Tensor offsets, Tensor slots, Tensor tiles, "
+    "int block_m, int top_k, str activation, bool store_h, bool store_a) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
     problem=lambda x, w, bias, o, s, t, block_m, top_k, activation, *_: Problem(

@@ -5,8 +5,6 @@ reads row r of both ([R, .]). Experts without rows get zeros. Products accumulat
 rounded once to ``out_dtype``.
 """
 
-import torch
-
 from moe_kernels.backends import Problem
 from moe_kernels.ops import _contract as c
 from moe_kernels.ops._library import define

@@ -46,8 +46,8 @@ def _check_bwd(d_weights_TK, logits_TE, indices_TK, scoring, score_after_topk, r
 
 
 define(
-    "topk_route(Tensor logits, Tensor? selection_bias, int top_k, str scoring, bool score_after_topk, bool renormalize, "
-    "float epsilon, float scale, int num_groups, int top_groups) -> (Tensor, Tensor)",
+    "topk_route(Tensor logits, Tensor? selection_bias, int top_k, str scoring, bool score_after_topk, "
+    "bool renormalize, float epsilon, float scale, int num_groups, int top_groups) -> (Tensor, Tensor)",
     check=_check,
     fake=lambda logits, bias, top_k, *_: (
         logits.new_empty((logits.shape[0], top_k), dtype=torch.promote_types(logits.dtype, torch.float32)),

@@ -1,6 +1,7 @@
 """What the reference ops share: expert ranges on the host, the activations, and autocast held off."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +28,7 @@ def without_autocast(function: Callable) -> Callable:
 def expert_ranges(offsets_E1: Tensor) -> Iterator[tuple[int, int, int]]:
     """(expert, first row, past-the-last row) of every expert that has rows."""
     bounds = offsets_E1.tolist()
-    for expert, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             yield expert, start, end
 

@@ -1,0 +1,29 @@
+"""Pieces that several kernels share: the order of tiles, a weight tile in either storage order, halving a tile."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_position(tile, num_m_tiles, num_n_tiles, GROUP_M: tl.constexpr):
+    """Walk GROUP_M row tiles down before the next column tile, so that a wave of programs shares weights in L2."""
+    per_group = GROUP_M * num_n_tiles
+    group = tile // per_group
+    first_m = group * GROUP_M
+    group_m = tl.minimum(num_m_tiles - first_m, GROUP_M)
+    within = tile % per_group
+    return first_m + within % group_m, within // group_m
+
+
+@triton.jit
+def weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, N_MAJOR: tl.constexpr):
+    """The [BLOCK_K, BLOCK_N] tile of expert's matrix; N_MAJOR: stored [N, K], as nn.Linear does."""
+    if N_MAJOR:
+        return w_desc.load([expert, n, k]).reshape(BLOCK_N, BLOCK_K).T
+    return w_desc.load([expert, k, n]).reshape(BLOCK_K, BLOCK_N)
+
+
+@triton.jit
+def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right half of the columns."""
+    return tl.split(tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))

@@ -1,0 +1,98 @@
+"""Tile sizes of the Triton kernels, one row per case, the reason beside it. Nothing is tuned at run time.
+
+``block_m`` comes with the routing plan (rows per expert decide it); a row here says what to do beside it. The shared
+memory of every row is checked against the architecture's limit by the ahead-of-time tests. H100 figures in the
+reasons are TFLOP/s at the Qwen3-30B-A3B shape (T 16384, D 2048, I 768, E 128, K 8) where a plain matmul does 754.
+"""
+
+from typing import NamedTuple
+
+#: Bytes of shared memory a block may have, by compute capability.
+SHARED_MEMORY = {
+    (8, 0): 163 * 1024,
+    (8, 6): 99 * 1024,
+    (8, 7): 163 * 1024,
+    (8, 9): 99 * 1024,
+    (9, 0): 227 * 1024,
+    (10, 0): 227 * 1024,
+    (10, 3): 227 * 1024,
+    (11, 0): 227 * 1024,
+    (12, 0): 99 * 1024,
+    (12, 1): 99 * 1024,
+}
+_SMALLEST = 99 * 1024
+
+
+class Tiles(NamedTuple):
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    subtiles: int = 1  # parts the epilogue handles one after the other, to hold fewer registers
+    block_m: int = 0  # of the weight gradient, whose tiles are not rows of the plan
+
+
+# Two classes of GPU: "large" has the shared memory of a data-centre part (A100, H100, B200), "small" 99 KB
+# (RTX 30/40/50, DGX Spark). Keyed by (op, bytes per element, block_m); block_m 0 is the weight gradient.
+_LARGE = {
+    # Two accumulators of 128x128 (gate, up): 534; 3 stages 527, 256x(2*64) 471, BK 32 472.
+    ("gate_up", 2, 128): Tiles(128, 64, 8, 4),
+    ("gate_up", 2, 64): Tiles(128, 64, 4, 4),
+    ("gate_up", 2, 32): Tiles(64, 128, 4, 4),
+    ("gate_up", 2, 16): Tiles(64, 128, 4, 4),
+    # 673 (4 stages do not fit); 128x128 with 4 stages 631.
+    ("grouped_gemm", 2, 128): Tiles(256, 64, 8, 3),
+    ("grouped_gemm", 2, 64): Tiles(256, 64, 8, 4),
+    ("grouped_gemm", 2, 32): Tiles(128, 128, 4, 4),
+    ("grouped_gemm", 2, 16): Tiles(128, 128, 4, 4),
+    # The epilogue holds dA', gate, up and three results: in one piece it spills (221).
+    ("d_activation", 2, 128): Tiles(128, 64, 8, 4, subtiles=2),
+    ("d_activation", 2, 64): Tiles(128, 64, 4, 4, subtiles=2),
+    ("d_activation", 2, 32): Tiles(64, 128, 4, 4),
+    ("d_activation", 2, 16): Tiles(64, 128, 4, 4),
+    # 386; 128x128 237, 256x128 344.
+    ("grouped_wgrad", 2, 0): Tiles(256, 64, 8, 3, block_m=128),
+    # float32 runs on the slow units: only shared memory matters.
+    ("gate_up", 4, 128): Tiles(64, 32, 8, 3),
+    ("gate_up", 4, 64): Tiles(64, 32, 4, 3),
+    ("gate_up", 4, 32): Tiles(32, 32, 4, 3),
+    ("gate_up", 4, 16): Tiles(32, 32, 4, 3),
+    ("grouped_gemm", 4, 128): Tiles(128, 32, 8, 3),
+    ("grouped_gemm", 4, 64): Tiles(128, 32, 8, 3),
+    ("grouped_gemm", 4, 32): Tiles(64, 32, 4, 3),
+    ("grouped_gemm", 4, 16): Tiles(64, 32, 4, 3),
+    ("d_activation", 4, 128): Tiles(64, 32, 8, 3),
+    ("d_activation", 4, 64): Tiles(64, 32, 4, 3),
+    ("d_activation", 4, 32): Tiles(32, 32, 4, 3),
+    ("d_activation", 4, 16): Tiles(32, 32, 4, 3),
+    ("grouped_wgrad", 4, 0): Tiles(128, 32, 8, 3, block_m=64),
+}
+_SMALL = _LARGE | {
+    # Fewer stages and narrower tiles, until 99 KB hold them. Not measured: no such GPU yet.
+    ("gate_up", 2, 128): Tiles(64, 64, 8, 3),
+    ("gate_up", 2, 64): Tiles(64, 64, 4, 3),
+    ("gate_up", 2, 32): Tiles(64, 64, 4, 3),
+    ("gate_up", 2, 16): Tiles(64, 64, 4, 3),
+    ("grouped_gemm", 2, 128): Tiles(128, 64, 8, 3),
+    ("grouped_gemm", 2, 64): Tiles(128, 64, 4, 3),
+    ("grouped_gemm", 2, 32): Tiles(128, 64, 4, 3),
+    ("grouped_gemm", 2, 16): Tiles(128, 64, 4, 3),
+    ("d_activation", 2, 128): Tiles(64, 64, 8, 3),
+    ("d_activation", 2, 64): Tiles(64, 64, 4, 3),
+    ("d_activation", 2, 32): Tiles(64, 64, 4, 3),
+    ("d_activation", 2, 16): Tiles(64, 64, 4, 3),
+    ("grouped_wgrad", 2, 0): Tiles(128, 64, 8, 2, block_m=128),
+}
+
+
+def shared_memory_limit(capability: tuple[int, int]) -> int:
+    return SHARED_MEMORY.get(capability, _SMALLEST)
+
+
+def table(capability: tuple[int, int]) -> dict[tuple[str, int, int], Tiles]:
+    return _LARGE if shared_memory_limit(capability) > _SMALLEST else _SMALL
+
+
+def tiles(op: str, capability: tuple[int, int], element_size: int, block_m: int = 0) -> Tiles:
+    """The row for an op; a plan with taller tiles than the table knows takes the tallest row."""
+    return table(capability)[op, element_size, min(block_m, 128)]

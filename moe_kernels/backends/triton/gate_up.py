@@ -1,0 +1,171 @@
+"""gate_up: H[r] = x[token(r)] . W[e]^T (+ bias[e]), A[r] = act(H[r]); the rows are gathered as they are loaded.
+
+    x [T, D] · W [E, N, D] -> H [R, N], A [R, I]; gated N = 2I (gate rows, then up rows), else N = I
+
+Tiling: a program makes BLOCK_M rows of one expert times BLOCK_N columns of A. Gated, it holds two accumulators, the
+gate columns and the up columns I further on, so that the activation never leaves its registers. Rows of x come by
+pointer loads through slots (Hopper's copy engine has no row gather), W by tensor descriptors. Persistent grid; the
+plan's tile map says which rows and which expert a tile is. Row offsets are int64: R * N passes 2^31.
+Idea of fusing gather and activation: SonicMoE (arXiv 2512.14080), ScatterMoE (arXiv 2403.08245).
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moe_kernels.backends.triton._activation import nonlinearity
+from moe_kernels.backends.triton._launch import (
+    Launch,
+    capability,
+    cdiv,
+    input_precision,
+    launch,
+    matrix_descriptor,
+    num_sms,
+    rows_contiguous,
+)
+from moe_kernels.backends.triton._tile import tile_position, weight_tile
+from moe_kernels.backends.triton.configs import tiles
+
+_GATED = ("swiglu", "geglu", "geglu_tanh")
+
+
+@triton.jit(do_not_specialize=["num_m_tiles"])
+def gate_up_kernel(
+    x_ptr,
+    w_desc,
+    bias_ptr,
+    h_ptr,
+    a_ptr,
+    offsets_ptr,
+    slots_ptr,
+    tiles_ptr,
+    num_m_tiles,
+    stride_x,
+    D,
+    I,  # noqa: E741
+    TOP_K: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    STORE_H: tl.constexpr,
+    STORE_A: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    N_MAJOR: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_n_tiles = tl.cdiv(I, BLOCK_N)
+    N = 2 * I if GATED else I
+    for tile in range(tl.program_id(0), num_m_tiles * num_n_tiles, tl.num_programs(0)):
+        i_m, i_n = tile_position(tile, num_m_tiles, num_n_tiles, GROUP_M)
+        expert = tl.load(tiles_ptr + i_m)
+        if expert >= 0:
+            first = tl.load(tiles_ptr + num_m_tiles + i_m)
+            end = tl.load(offsets_ptr + expert + 1)
+            o_m = first + tl.arange(0, BLOCK_M)
+            # Rows past the expert's end repeat its last row: a clamped load needs no mask, the store has one.
+            slots = tl.load(slots_ptr + tl.minimum(o_m, end - 1))
+            p_x = x_ptr + (slots // TOP_K).to(tl.int64)[:, None] * stride_x
+            o_k = tl.arange(0, BLOCK_K)
+            n = i_n * BLOCK_N
+
+            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, D, BLOCK_K):
+                if EVEN_D:
+                    x = tl.load(p_x + (k + o_k)[None, :])
+                else:
+                    x = tl.load(p_x + (k + o_k)[None, :], mask=(k + o_k)[None, :] < D, other=0.0)
+                w_gate = weight_tile(w_desc, expert, n, k, BLOCK_N, BLOCK_K, N_MAJOR)
+                gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
+                if GATED:
+                    w_up = weight_tile(w_desc, expert, I + n, k, BLOCK_N, BLOCK_K, N_MAJOR)
+                    up = tl.dot(x, w_up, up, input_precision=PRECISION)
+
+            o_n = n + tl.arange(0, BLOCK_N)
+            m_n = o_n < I
+            if HAS_BIAS:
+                p_bias = bias_ptr + expert.to(tl.int64) * N + o_n
+                gate += tl.load(p_bias, mask=m_n, other=0.0).to(tl.float32)[None, :]
+                if GATED:
+                    up += tl.load(p_bias + I, mask=m_n, other=0.0).to(tl.float32)[None, :]
+            mask = (o_m < end)[:, None] & m_n[None, :]
+            rows = o_m.to(tl.int64)[:, None]
+            if STORE_H:
+                p_h = h_ptr + rows * N + o_n[None, :]
+                tl.store(p_h, gate.to(h_ptr.dtype.element_ty), mask=mask)
+                if GATED:
+                    tl.store(p_h + I, up.to(h_ptr.dtype.element_ty), mask=mask)
+            if STORE_A:
+                f, _ = nonlinearity(gate, ACTIVATION)
+                a = f * up if GATED else f
+                tl.store(a_ptr + rows * I + o_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+
+
+def gate_up(
+    x_TD: Tensor,
+    w_END: Tensor,
+    bias_EN: Tensor | None,
+    offsets_E1: Tensor,
+    slots_R: Tensor,
+    tiles_2M: Tensor,
+    block_m: int,
+    top_k: int,
+    activation: str,
+    store_h: bool,
+    store_a: bool,
+) -> tuple[Tensor, Tensor]:
+    gated = activation in _GATED
+    rows, n = slots_R.shape[0], w_END.shape[1]
+    inner = n // 2 if gated else n
+    h_RN = x_TD.new_empty(rows if store_h else 0, n)
+    a_RI = x_TD.new_empty(rows if store_a else 0, inner)
+    if rows == 0:
+        return h_RN, a_RI
+    config = tiles("gate_up", capability(x_TD.device), x_TD.element_size(), block_m)
+    x_TD = rows_contiguous(x_TD)
+    w_desc, transposed = matrix_descriptor(w_END, config.block_n, config.block_k)
+    num_m_tiles = tiles_2M.shape[1]
+    launch(
+        x_TD.device,
+        Launch(
+            gate_up_kernel,
+            (min(num_sms(x_TD.device), num_m_tiles * cdiv(inner, config.block_n)),),
+            {
+                "x_ptr": x_TD,
+                "w_desc": w_desc,
+                "bias_ptr": x_TD if bias_EN is None else bias_EN.contiguous(),
+                "h_ptr": h_RN if store_h else x_TD,
+                "a_ptr": a_RI if store_a else x_TD,
+                "offsets_ptr": offsets_E1,
+                "slots_ptr": slots_R,
+                "tiles_ptr": tiles_2M,
+                "num_m_tiles": num_m_tiles,
+                "stride_x": x_TD.stride(0),
+                "D": x_TD.shape[1],
+                "I": inner,
+            },
+            {
+                "TOP_K": top_k,
+                "ACTIVATION": activation,
+                "GATED": gated,
+                "STORE_H": store_h,
+                "STORE_A": store_a,
+                "HAS_BIAS": bias_EN is not None,
+                "N_MAJOR": not transposed,
+                "EVEN_D": x_TD.shape[1] % config.block_k == 0,
+                "PRECISION": input_precision(x_TD.dtype),
+                "BLOCK_M": block_m,
+                "BLOCK_N": config.block_n,
+                "BLOCK_K": config.block_k,
+                "GROUP_M": 8,
+            },
+            config.num_warps,
+            config.num_stages,
+        ),
+    )
+    return h_RN, a_RI
