@@ -277,9 +277,16 @@ def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
+def _under_autocast(device: str) -> bool:
+    # A device without autocast (meta) would make the query raise; Dynamo can't trace the first question.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
+
+
 def _compute_dtype(x_TD: Tensor) -> torch.dtype:
-    device = x_TD.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    if x_TD.dtype == torch.float64 or not _under_autocast(x_TD.device.type):  # autocast leaves float64 alone
+        return x_TD.dtype
+    return torch.get_autocast_dtype(x_TD.device.type)
 
 
 def _check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, plan, activation, recompute):
@@ -311,7 +318,7 @@ def _check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, plan, a
     for name, tensor in (("routing_weights", weights_TK), ("w_gate_up", w_gate_up), ("w_down", w_down)):
         if tensor.device != x_TD.device:
             fail(op, name, tensor, f"on {x_TD.device} like x")
-    if torch.is_autocast_enabled(x_TD.device.type):
+    if _under_autocast(x_TD.device.type):
         return
     for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         if tensor.dtype != x_TD.dtype:

@@ -42,7 +42,7 @@ def routing_plan(expert_indices_TK: Tensor, num_experts: int, *, block_m: int | 
         expert_indices_TK: int64 or int32 [T, K]. Ids below 0 or >= ``num_experts`` mean "no expert": that slot
             contributes nothing. Ids may repeat within a row.
         num_experts: E, the number of expert weights on this device.
-        block_m: rows per tile of the row-wise products, a power of two from 16 to 256; by default the power of two
+        block_m: rows per tile of the row-wise products, a power of two from 16 to 128; by default the power of two
             nearest above the mean rows per expert, at most 128.
 
     Returns:

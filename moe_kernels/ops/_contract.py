@@ -66,5 +66,5 @@ def check_activation(op: str, activation: str) -> None:
 
 
 def check_block_m(op: str, block_m: int) -> None:
-    if block_m < 16 or block_m > 256 or block_m & (block_m - 1):
-        fail(op, "block_m", block_m, "a power of two from 16 to 256")
+    if block_m < 16 or block_m > 128 or block_m & (block_m - 1):
+        fail(op, "block_m", block_m, "a power of two from 16 to 128")

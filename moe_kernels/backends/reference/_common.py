@@ -1,8 +1,7 @@
-"""What the reference ops share: expert ranges on the host, the activations, and autocast held off."""
+"""What the reference ops share: the products expert by expert, the activations, and autocast held off."""
 
 import functools
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,43 +18,61 @@ def without_autocast(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(first: Tensor, *args):
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args)
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args)
 
     return run
 
 
-def expert_ranges(offsets_E1: Tensor) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, past-the-last row) of every expert that has rows."""
-    bounds = offsets_E1.tolist()
-    for expert, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if end > start:
-            yield expert, start, end
+def rows_per_expert(offsets_E1: Tensor) -> list[int]:
+    return offsets_E1.diff().tolist()
+
+
+def product_per_expert(rows: Tensor, w_ECN: Tensor, out: Tensor, counts: list[int]) -> None:
+    """out = rows of expert e . W[e], for the first ``sum(counts)`` rows; the others stay unwritten."""
+    kept = sum(counts)
+    # split and unbind make all the views in one call each: with many small experts slicing costs more than the products
+    for a, w, y in zip(rows[:kept].split(counts), w_ECN.unbind(), out[:kept].split(counts)):
+        torch.mm(a, w, out=y)
 
 
 def _relu2(z: Tensor) -> Tensor:
     return F.relu(z).square()
 
 
+def _relu2_bwd(d: Tensor, z: Tensor) -> Tensor:
+    return d * F.relu(z) * 2
+
+
 def _gelu_tanh(z: Tensor) -> Tensor:
     return F.gelu(z, approximate="tanh")
 
 
-#: activation -> (is it gated, its nonlinearity)
+def _gelu_tanh_bwd(d: Tensor, z: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(d, z, approximate="tanh")
+
+
+_silu = F.silu, torch.ops.aten.silu_backward
+_gelu = F.gelu, torch.ops.aten.gelu_backward
+
+#: activation -> (is it gated, its nonlinearity, the nonlinearity's gradient). No autograd here: an op runs below it, so
+#: under a TorchDispatchMode (selective checkpointing, FLOP counters) nothing would be recorded.
 _NONLINEARITIES = {
-    "swiglu": (True, F.silu),
-    "geglu": (True, F.gelu),
-    "geglu_tanh": (True, _gelu_tanh),
-    "relu2": (False, _relu2),
-    "gelu": (False, F.gelu),
-    "gelu_tanh": (False, _gelu_tanh),
-    "silu": (False, F.silu),
+    "swiglu": (True, *_silu),
+    "geglu": (True, *_gelu),
+    "geglu_tanh": (True, _gelu_tanh, _gelu_tanh_bwd),
+    "relu2": (False, _relu2, _relu2_bwd),
+    "gelu": (False, *_gelu),
+    "gelu_tanh": (False, _gelu_tanh, _gelu_tanh_bwd),
+    "silu": (False, *_silu),
 }
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
     """[rows, N] pre-activation -> [rows, I], in the dtype of h."""
-    gated, nonlinearity = _NONLINEARITIES[activation]
+    gated, nonlinearity, _ = _NONLINEARITIES[activation]
     if not gated:
         return nonlinearity(h)
     gate, up = h.chunk(2, dim=-1)
@@ -63,8 +80,9 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 
 def activate_bwd(d_a: Tensor, h: Tensor, activation: str) -> Tensor:
-    """Gradient of ``activate`` in h, by autograd: nothing here to get wrong."""
-    with torch.enable_grad():
-        h = h.detach().requires_grad_()
-        (d_h,) = torch.autograd.grad(activate(h, activation), h, d_a)
-    return d_h
+    """Gradient of ``activate`` in h."""
+    gated, nonlinearity, nonlinearity_bwd = _NONLINEARITIES[activation]
+    if not gated:
+        return nonlinearity_bwd(d_a, h)
+    gate, up = h.chunk(2, dim=-1)
+    return torch.cat([nonlinearity_bwd(d_a * up, gate), d_a * nonlinearity(gate)], dim=-1)

@@ -11,11 +11,13 @@ def combine(
     total = torch.zeros(out_TD.shape, dtype=acc, device=y_RD.device)
     if residual_TD is not None:
         total += residual_TD
-    for k in range(positions_TK.shape[1]):
-        positions = positions_TK[:, k]
-        kept = positions >= 0
-        row = y_RD[positions.clamp(min=0)].to(acc)
+    dropped_TK = positions_TK < 0
+    some_dropped = bool(dropped_TK.any())
+    for k, positions in enumerate(positions_TK.clamp(min=0).unbind(1)):
+        row = y_RD[positions].to(acc)
         if weights_TK is not None:
-            row *= weights_TK[:, k, None].to(acc)
-        total += torch.where(kept[:, None], row, 0)  # not a product with 0: an unwritten row may hold NaN
+            row = row * weights_TK[:, k, None].to(acc)
+        if some_dropped:  # not a product with 0: an unwritten row may hold NaN
+            row = row.masked_fill(dropped_TK[:, k, None], 0)
+        total += row
     out_TD.copy_(total)

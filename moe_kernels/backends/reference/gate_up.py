@@ -1,7 +1,12 @@
-import torch
 from torch import Tensor
 
-from moe_kernels.backends.reference._common import accumulator, activate, expert_ranges, without_autocast
+from moe_kernels.backends.reference._common import (
+    accumulator,
+    activate,
+    product_per_expert,
+    rows_per_expert,
+    without_autocast,
+)
 
 
 @without_autocast
@@ -18,15 +23,13 @@ def gate_up(
     store_h: bool,
     store_a: bool,
 ) -> tuple[Tensor, Tensor]:
+    counts = rows_per_expert(offsets_E1)
+    kept = sum(counts)
     h_RN = x_TD.new_empty(slots_R.shape[0], w_END.shape[1])
-    tokens_R = slots_R // max(top_k, 1)
-    kept = 0
-    for expert, start, end in expert_ranges(offsets_E1):
-        torch.mm(x_TD[tokens_R[start:end]], w_END[expert].T, out=h_RN[start:end])
-        if bias_EN is not None:
-            h_RN[start:end] += bias_EN[expert]
-        kept = end
-    a_RI = x_TD.new_empty(0, w_END.shape[1])
+    product_per_expert(x_TD[slots_R[:kept] // max(top_k, 1)], w_END.mT, h_RN, counts)
+    if bias_EN is not None:
+        h_RN[:kept] += bias_EN.repeat_interleave(offsets_E1.diff(), 0, output_size=kept)
+    a_RI = activate(h_RN[:0], activation)
     if store_a:
         a = activate(h_RN[:kept].to(accumulator(x_TD.dtype)), activation)
         a_RI = x_TD.new_empty(h_RN.shape[0], a.shape[1])

@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.backends.reference._common import accumulator, expert_ranges, without_autocast
+from moe_kernels.backends.reference._common import accumulator, rows_per_expert, without_autocast
 
 
 @without_autocast
@@ -15,16 +15,16 @@ def grouped_wgrad(
     sum_lhs: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    experts, m, n = offsets_E1.shape[0] - 1, lhs.shape[1], rhs.shape[1]
-    dw_EMN = lhs.new_zeros((experts, m, n), dtype=out_dtype)
-    db_EM = lhs.new_zeros((experts if sum_lhs else 0, m), dtype=out_dtype)
-    tokens_R = slots_R // max(top_k, 1)
+    counts = rows_per_expert(offsets_E1)
+    tokens_R = slots_R[: sum(counts)] // max(top_k, 1)
+    left = lhs[tokens_R] if gather == "lhs" else lhs[: sum(counts)]
+    right = rhs[tokens_R] if gather == "rhs" else rhs[: sum(counts)]
     exact = torch.promote_types(lhs.dtype, out_dtype)  # an fp32 gradient of bf16 operands is not rounded to bf16
-    for expert, start, end in expert_ranges(offsets_E1):
-        rows = slice(start, end)
-        left = lhs[tokens_R[rows]] if gather == "lhs" else lhs[rows]
-        right = rhs[tokens_R[rows]] if gather == "rhs" else rhs[rows]
-        dw_EMN[expert] = left.to(exact).T @ right.to(exact)
-        if sum_lhs:
-            db_EM[expert] = left.to(accumulator(lhs.dtype)).sum(0)
-    return dw_EMN, db_EM
+    dw_EMN = lhs.new_empty((len(counts), lhs.shape[1], rhs.shape[1]), dtype=exact)
+    for a, b, dw in zip(left.to(exact).split(counts), right.to(exact).split(counts), dw_EMN.unbind()):
+        torch.mm(a.T, b, out=dw)  # writes zeros for an expert without rows
+    db_EM = lhs.new_empty((len(counts) if sum_lhs else 0, lhs.shape[1]), dtype=out_dtype)
+    if sum_lhs:
+        for a, db in zip(left.to(accumulator(lhs.dtype)).split(counts), db_EM.unbind()):
+            db.copy_(a.sum(0))
+    return dw_EMN.to(out_dtype), db_EM

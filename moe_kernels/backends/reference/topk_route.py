@@ -23,7 +23,8 @@ def topk_route(
     choice = choice.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if num_groups > 1:
         choice = _keep_best_groups(choice, num_groups, top_groups)
-    indices_TK = torch.argsort(choice, dim=-1, descending=True, stable=True)[:, :top_k]
+    order_TE = torch.argsort(choice, dim=-1, descending=True, stable=True)
+    indices_TK = order_TE[:, :top_k].clone(memory_format=torch.contiguous_format)
     return _weigh(logits, indices_TK, scoring, score_after_topk, renormalize, epsilon, scale), indices_TK
 
 
@@ -37,15 +38,27 @@ def topk_route_bwd(
     epsilon: float,
     scale: float,
 ) -> Tensor:
-    with torch.enable_grad():
-        logits = logits_TE.detach().to(accumulator(logits_TE.dtype)).requires_grad_()
-        weights = _weigh(logits, indices_TK, scoring, score_after_topk, renormalize, epsilon, scale)
-        (d_logits,) = torch.autograd.grad(weights, logits, d_weights_TK.to(weights.dtype))
-    return d_logits.to(logits_TE.dtype)
+    logits = logits_TE.to(accumulator(logits_TE.dtype))
+    scores = _score(logits.gather(1, indices_TK) if score_after_topk else logits, scoring)
+    chosen_TK = scores if score_after_topk else scores.gather(1, indices_TK)
+    d_chosen_TK = d_weights_TK.to(logits.dtype) * scale
+    if renormalize:
+        total = chosen_TK.sum(-1, keepdim=True) + epsilon
+        d_chosen_TK = (d_chosen_TK - (d_chosen_TK * chosen_TK).sum(-1, keepdim=True) / total) / total
+    zeros_TE = torch.zeros_like(logits)
+    if score_after_topk:
+        return zeros_TE.scatter(1, indices_TK, _score_bwd(d_chosen_TK, scores, scoring)).to(logits_TE.dtype)
+    return _score_bwd(zeros_TE.scatter(1, indices_TK, d_chosen_TK), scores, scoring).to(logits_TE.dtype)
 
 
 def _score(z: Tensor, scoring: str) -> Tensor:
     return z.softmax(-1) if scoring == "softmax" else z.sigmoid()
+
+
+def _score_bwd(d_scores: Tensor, scores: Tensor, scoring: str) -> Tensor:
+    if scoring == "softmax":
+        return scores * (d_scores - (d_scores * scores).sum(-1, keepdim=True))
+    return d_scores * scores * (1 - scores)
 
 
 def _weigh(logits, indices_TK, scoring, score_after_topk, renormalize, epsilon, scale) -> Tensor:

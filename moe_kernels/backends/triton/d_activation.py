@@ -173,7 +173,7 @@ def d_activation(
         h_RN.device,
         Launch(
             d_activation_kernel,
-            (min(num_sms(h_RN.device), num_m_tiles * num_n_tiles),),
+            (min(config.per_sm * num_sms(h_RN.device), num_m_tiles * num_n_tiles),),
             {
                 "d_out_ptr": d_out_TD,
                 "w_desc": w_desc,
@@ -202,7 +202,7 @@ def d_activation(
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
                 "SUBTILES": config.subtiles,
-                "GROUP_M": 8,
+                "GROUP_M": config.group_m,
             },
             config.num_warps,
             config.num_stages,

@@ -134,7 +134,7 @@ def gate_up(
         x_TD.device,
         Launch(
             gate_up_kernel,
-            (min(num_sms(x_TD.device), num_m_tiles * cdiv(inner, config.block_n)),),
+            (min(config.per_sm * num_sms(x_TD.device), num_m_tiles * cdiv(inner, config.block_n)),),
             {
                 "x_ptr": x_TD,
                 "w_desc": w_desc,
@@ -162,7 +162,7 @@ def gate_up(
                 "BLOCK_M": block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
-                "GROUP_M": 8,
+                "GROUP_M": config.group_m,
             },
             config.num_warps,
             config.num_stages,

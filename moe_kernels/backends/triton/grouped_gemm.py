@@ -86,7 +86,7 @@ def grouped_gemm(
         a_RC.device,
         Launch(
             grouped_gemm_kernel,
-            (min(num_sms(a_RC.device), num_m_tiles * cdiv(n, config.block_n)),),
+            (min(config.per_sm * num_sms(a_RC.device), num_m_tiles * cdiv(n, config.block_n)),),
             {
                 "a_desc": row_descriptor(a_RC, block_m, config.block_k),
                 "w_desc": w_desc,
@@ -106,7 +106,7 @@ def grouped_gemm(
                 "BLOCK_M": block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
-                "GROUP_M": 8,
+                "GROUP_M": config.group_m,
             },
             config.num_warps,
             config.num_stages,

@@ -141,7 +141,7 @@ def grouped_wgrad(
         lhs.device,
         Launch(
             grouped_wgrad_kernel,
-            (min(num_sms(lhs.device), experts * cdiv(m, config.block_m) * cdiv(n, config.block_n)),),
+            (min(config.per_sm * num_sms(lhs.device), experts * cdiv(m, config.block_m) * cdiv(n, config.block_n)),),
             {
                 "lhs": lhs if gather == "lhs" else row_descriptor(lhs, config.block_k, config.block_m),
                 "rhs": rhs if gather == "rhs" else row_descriptor(rhs, config.block_k, config.block_n),
@@ -165,7 +165,7 @@ def grouped_wgrad(
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
-                "GROUP_M": 8,
+                "GROUP_M": config.group_m,
             },
             config.num_warps,
             config.num_stages,

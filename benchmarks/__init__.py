@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then time and memory, peers in the same run; results under ``results/<gpu>/``."""

@@ -1,0 +1,138 @@
+// combine: the weighted sum of every token's K expert rows, in float32, k ascending.
+//
+//     out[t, :] = residual[t, :] + sum_k weights[t, k] * y[positions[t, k], :]        out [T, D], y [R, D], R = T * K
+//
+// Memory-bound: R rows are read once and T rows written, so all that counts is bytes in flight. A thread owns 16 bytes
+// of one token's row and issues the loads of all K expert rows before the first addition; a block is 256 threads over
+// as many tokens as it takes. The order of the sum is fixed, so reruns are bitwise equal; no two threads share an
+// output. A dropped slot (position -1) is not read: its row may never have been written.
+
+#include "combine.h"
+#include "common.cuh"
+
+namespace moe_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kGroup = 8;  // rows in flight where K is not one of the compiled values
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+
+__device__ __forceinline__ float load_weight(const void* weights, DType dtype, int64_t i) {
+    switch (dtype) {
+        case DType::kFloat32: return static_cast<const float*>(weights)[i];
+        case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[i]);
+        case DType::kFloat16: return __half2float(static_cast<const __half*>(weights)[i]);
+        default: return 1.0f;
+    }
+}
+
+// kTopK 0 takes any K, kGroup rows at a time.
+template <typename T, int kTopK>
+__global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArguments a) {
+    constexpr int kWidth = Vector<T>::kWidth;
+    constexpr int kRows = kTopK > 0 ? kTopK : kGroup;
+    const int top_k = kTopK > 0 ? kTopK : a.top_k;
+
+    const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int64_t column = static_cast<int64_t>(blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
+    if (t >= a.tokens || column >= a.width) return;
+
+    const T* y = static_cast<const T*>(a.y) + column;
+    uint4 residual = make_uint4(0, 0, 0, 0);  // the bits of zeros in every dtype
+    if (a.residual != nullptr) {
+        const T* row = static_cast<const T*>(a.residual) + t * a.residual_stride + column;
+        residual = *reinterpret_cast<const uint4*>(row);
+    }
+
+    float total[kWidth];
+    bool started = false;
+    for (int k = 0; k < top_k; k += kRows) {
+        int position[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            position[i] = kTopK > 0 || k + i < top_k ? a.positions[t * top_k + k + i] : -1;
+        }
+
+        // Expert rows are read once: evict them first, they'd push out what the next kernel wants.
+        uint4 bits[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            bits[i] = make_uint4(0, 0, 0, 0);
+            if (position[i] >= 0) bits[i] = __ldcs(reinterpret_cast<const uint4*>(y + position[i] * a.y_stride));
+        }
+
+        float weight[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            weight[i] = position[i] >= 0 ? load_weight(a.weights, a.weights_dtype, t * top_k + k + i) : 0.0f;
+        }
+
+        if (!started) unpack(residual, total, y);
+        started = true;
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            float value[kWidth];
+            unpack(bits[i], value, y);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) total[j] = fmaf(weight[i], value[j], total[j]);
+        }
+    }
+    if (!started) unpack(residual, total, y);
+
+    T* out = static_cast<T*>(a.out) + t * a.out_stride + column;
+    *reinterpret_cast<uint4*>(out) = pack(total, y);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+
+template <typename T, int kTopK>
+void launch(const CombineArguments& a, cudaStream_t stream) {
+    const int64_t vectors = ceil_div(a.width, Vector<T>::kWidth);
+    int across = kWarpSize;
+    while (across < kThreads && across < vectors) across *= 2;
+    const dim3 block(across, kThreads / across);
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.tokens, block.y)),
+                    static_cast<unsigned>(ceil_div(vectors, across)));
+    combine_kernel<T, kTopK><<<grid, block, 0, stream>>>(a);
+    check_launch("combine_kernel");
+}
+
+template <typename T>
+void launch_top_k(const CombineArguments& a, cudaStream_t stream) {
+    switch (a.top_k) {
+        case 1: return launch<T, 1>(a, stream);
+        case 2: return launch<T, 2>(a, stream);
+        case 4: return launch<T, 4>(a, stream);
+        case 6: return launch<T, 6>(a, stream);
+        case 8: return launch<T, 8>(a, stream);
+        default: return launch<T, 0>(a, stream);
+    }
+}
+
+void require_aligned(const char* name, const void* pointer, int64_t stride, int64_t rows, int element_bytes) {
+    const bool aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+    require(aligned && (rows <= 1 || stride * element_bytes % 16 == 0),
+            std::string(name) + " must have rows that start at multiples of 16 bytes");
+}
+
+}  // namespace
+
+void combine(const CombineArguments& a, cudaStream_t stream) {
+    if (a.tokens == 0 || a.width == 0) return;
+    require(a.width % 8 == 0, "width must be a multiple of 8, got " + std::to_string(a.width));
+    const int element_bytes = a.dtype == DType::kFloat32 ? 4 : 2;
+    require_aligned("out", a.out, a.out_stride, a.tokens, element_bytes);
+    require_aligned("y", a.y, a.y_stride, a.tokens * a.top_k, element_bytes);
+    require_aligned("residual", a.residual, a.residual_stride, a.tokens, element_bytes);
+    switch (a.dtype) {
+        case DType::kFloat32: return launch_top_k<float>(a, stream);
+        case DType::kBFloat16: return launch_top_k<__nv_bfloat16>(a, stream);
+        case DType::kFloat16: return launch_top_k<__half>(a, stream);
+        default: require(false, "dtype must be float32, bfloat16 or float16");
+    }
+}
+
+}  // namespace moe_kernels

@@ -1,0 +1,86 @@
+"""The door to ``moe_kernels._C``: can it be used, and the one place that launches.
+
+Nothing here touches a GPU before :func:`launch`; importing works without a driver, without a GPU and without ``_C``.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+#: Oldest driver branch that runs binaries of a CUDA major version.
+_DRIVERS = {12: 525, 13: 580}
+
+
+@functools.cache
+def _load() -> ModuleType | ImportError:
+    try:
+        return importlib.import_module("moe_kernels._C")
+    except ImportError as error:
+        return error
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the extension can't run on this machine whatever its GPU, or None when it can."""
+    extension = _load()
+    if isinstance(extension, ModuleNotFoundError):
+        return "the extension moe_kernels._C is not built (MOE_KERNELS_BUILD_CUDA=1 builds it or says why not)"
+    if isinstance(extension, ImportError):
+        return f"the extension moe_kernels._C can't be imported ({extension})"
+    return driver_too_old(extension.driver_version(), extension.cuda_version)
+
+
+def driver_too_old(driver_version: int, cuda_version: str) -> str | None:
+    """A statically linked CUDA runtime needs a driver of its own major version or a newer one."""
+    major = int(cuda_version.partition(".")[0])
+    if driver_version == 0:
+        return "no NVIDIA driver was found"
+    if driver_version // 1000 < major:
+        found = f"{driver_version // 1000}.{driver_version % 1000 // 10}"
+        needed = f"driver {_DRIVERS[major]} or newer" if major in _DRIVERS else "a newer driver"
+        return (
+            f"the driver serves CUDA {found}, but the extension was built with CUDA {cuda_version} and needs {needed}"
+        )
+    return None
+
+
+def architectures() -> str:
+    """Compute capabilities the extension was compiled for, e.g. "80,90,100,120"; "" without the extension."""
+    extension = _load()
+    return "" if isinstance(extension, ImportError) else extension.architectures
+
+
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Machine code runs on its own major version from its minor version up; the last one's PTX on all newer GPUs."""
+    major, minor = capability
+    compiled = [divmod(int(arch), 10) for arch in architectures().split(",") if arch]
+    native = any(major == m and minor >= n for m, n in compiled)
+    return native or (bool(compiled) and capability >= compiled[-1])
+
+
+@functools.cache
+def dtype_codes() -> dict[torch.dtype | None, int]:
+    """How ``_C`` spells the dtypes it takes; None stands for an absent tensor."""
+    extension = _load()
+    return {
+        None: extension.NONE,
+        torch.float32: extension.FLOAT32,
+        torch.bfloat16: extension.BFLOAT16,
+        torch.float16: extension.FLOAT16,
+    }
+
+
+def routing_plan_workspace(num_slots: int, num_experts: int) -> int:
+    return _load().routing_plan_workspace(num_slots=num_slots, num_experts=num_experts)
+
+
+def launch(name: str, device: torch.device, **arguments) -> None:
+    """Run a kernel of ``_C`` on the current stream of ``device``, which need not be the current device."""
+    with torch.cuda.device(device):
+        getattr(_load(), name)(**arguments, stream=torch.cuda.current_stream(device).cuda_stream)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

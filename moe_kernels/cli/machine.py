@@ -1,0 +1,71 @@
+"""What a result was measured on: versions, GPU, driver, extension module."""
+
+import importlib
+import importlib.metadata
+import platform
+import subprocess
+
+
+def versions() -> dict[str, str | None]:
+    from moe_kernels.version import __version__
+
+    found = {"moe_kernels": __version__, "python": platform.python_version()}
+    for package in ("torch", "triton", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def gpu() -> dict | None:
+    """Name, compute capability, memory and driver of the first GPU, or None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "driver": driver(),
+        "torch_cuda": torch.version.cuda,
+    }
+
+
+def driver() -> str | None:
+    """The display driver's version, e.g. "580.95.05"."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].replace("(R)", "").strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def extension() -> dict:
+    """Whether ``moe_kernels._C`` is built and loads, and for what."""
+    try:
+        extension = importlib.import_module("moe_kernels._C")
+    except ModuleNotFoundError:
+        return {"built": False, "reason": "moe_kernels._C is not built"}
+    except ImportError as error:
+        return {"built": True, "reason": f"moe_kernels._C can't be imported ({error})"}
+    version = extension.driver_version()  # 13000 means CUDA 13.0; 0 where there is no driver
+    return {
+        "built": True,
+        "architectures": extension.architectures,
+        "cuda_version": extension.cuda_version,
+        "driver_supports_cuda": f"{version // 1000}.{version % 1000 // 10}" if version else None,
+    }

@@ -1,0 +1,133 @@
+"""What runs on our kernels in a model, what doesn't, and why."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers.integrations.finegrained_fp8 import FP8Experts
+
+from moe_kernels.integrations.transformers.experts import choose_backend, facts, judge, products_dtype, weights
+from moe_kernels.integrations.transformers.hook import FP8_REASON, NAME, is_registered, is_switchable
+
+
+class Row(NamedTuple):
+    name: str  # of the module in the model
+    kind: str  # "experts"
+    class_name: str
+    implementation: str  # what the model's config asks for
+    backend: str  # of our ops, or "stock"
+    accelerated: bool
+    reason: str  # why not; empty when accelerated
+
+
+@dataclass(frozen=True)
+class Report:
+    model: str
+    layers: tuple[Row, ...]
+
+    @property
+    def accelerated(self) -> int:
+        """How many of the layers run on our ops."""
+        return sum(row.accelerated for row in self.layers)
+
+    def __str__(self) -> str:
+        """A plain table; equal rows of consecutive layers are folded into one."""
+        if not self.layers:
+            return self._title()
+        table = [("layer", "class", "implementation", "backend", "why not accelerated"), *self._folded()]
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        lines = [" ".join(cell.ljust(width + 1) for cell, width in zip(line, widths)) + line[4] for line in table]
+        return "\n".join([self._title(), *(line.rstrip() for line in lines)])
+
+    def __rich__(self):
+        from rich.table import Table
+
+        table = Table("layer", "class", "implementation", "backend", "why not accelerated", title=self._title())
+        for line in self._folded():
+            table.add_row(*line, style="green" if not line[4] else "yellow")
+        return table
+
+    def _title(self) -> str:
+        if not self.layers:
+            return f"{self.model}: no MoE layers"
+        return f"{self.model}: {self.accelerated} of {len(self.layers)} MoE layers accelerated"
+
+    def _folded(self) -> list[tuple[str, str, str, str, str]]:
+        groups: list[tuple[Row, list[str]]] = []
+        for row in self.layers:
+            if groups and groups[-1][0][1:] == row[1:]:
+                groups[-1][1].append(row.name)
+            else:
+                groups.append((row, [row.name]))
+        return [
+            (
+                _span(names),
+                row.class_name,
+                row.implementation,
+                row.backend,
+                row.reason,
+            )
+            for row, names in groups
+        ]
+
+
+def _span(names: list[str]) -> str:
+    """model.layers.0..47.mlp.experts (48)"""
+    if len(names) == 1:
+        return names[0]
+    parts = [a if a == b else f"{a}..{b}" for a, b in zip(names[0].split("."), names[-1].split("."))]
+    return f"{'.'.join(parts)} ({len(names)})"
+
+
+def report(model: nn.Module) -> Report:
+    """List the model's MoE layers: which implementation each holds, its backend, and why it isn't accelerated.
+
+    The dtype is that of the weights, or autocast's when called inside autocast. Changes nothing and runs nothing.
+    """
+    rows = []
+    for name, module in model.named_modules():
+        if is_switchable(module):
+            rows.append(_switchable(name, module))
+        elif name.rpartition(".")[2] == "experts" and not any(map(is_switchable, module.modules())):
+            rows.append(_stock(name, module, "", "not switchable through Transformers' experts interface"))
+    return Report(type(model).__name__, tuple(rows))
+
+
+def _switchable(name: str, module: nn.Module) -> Row:
+    implementation = module.config._experts_implementation
+    if implementation != NAME:
+        return _stock(name, module, implementation, _other_implementation(implementation))
+    if not is_registered():
+        return _stock(name, module, implementation, "moe_kernels is disabled; moe_kernels.enable() brings it back")
+    if isinstance(module, FP8Experts):
+        return _stock(name, module, implementation, FP8_REASON)
+    up, down = map(_local, weights(module))
+    seen = facts(module, up, down)
+    _, reason = judge(seen)
+    if reason is None:
+        try:
+            backend, reason = choose_backend(seen, up.device, products_dtype(up, up.device.type))
+        except RuntimeError as error:  # a forced backend that can't run: the forward will raise the same
+            reason = str(error)
+    if reason is not None:
+        return _stock(name, module, implementation, reason)
+    return Row(name, "experts", _class_name(module), implementation, backend, True, "")
+
+
+def _other_implementation(implementation: str | None) -> str:
+    if implementation == "grouped_mm":  # what Transformers fills in when nobody asks
+        return "built before moe_kernels was enabled; moe_kernels.patch(model) switches it"
+    return f"experts_implementation={implementation!r} was chosen; moe_kernels.patch(model) switches it"
+
+
+def _stock(name: str, module: nn.Module, implementation: str | None, reason: str) -> Row:
+    return Row(name, "experts", _class_name(module), implementation or "", "stock", False, reason)
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("Parametrized")  # torch's and PEFT's made-up subclasses
+
+
+def _local(weight: Tensor) -> Tensor:
+    """What the experts see: FSDP2, TP and EP turn a sharded weight into a plain tensor before the forward."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight  # a DTensor

@@ -1,0 +1,95 @@
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.functional import RoutingPlan, moe_experts, routing_plan
+from moe_kernels.functional.moe_experts import RECOMPUTE
+from moe_kernels.modules._arguments import one_of, positive
+from moe_kernels.ops._contract import ACTIVATIONS, is_gated
+
+
+class Experts(nn.Module):
+    """``num_experts`` MLPs; every token goes through the ones its indices name, and their weighted outputs are summed.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I of one expert.
+        num_experts: E.
+        activation: gated "swiglu", "geglu", "geglu_tanh"; non-gated "relu2", "gelu", "gelu_tanh", "silu".
+        bias: add biases to both products.
+        recompute: None, or "pre_activation" to save only the input and make the pre-activation again in the backward.
+        device, dtype: of the parameters.
+
+    Parameters (the layouts of Hugging Face Transformers v5):
+        gate_up_proj [E, 2I, D], gate rows before up rows; non-gated: up_proj [E, I, D]
+        down_proj [E, D, I]
+        gate_up_proj_bias [E, 2I] or up_proj_bias [E, I], down_proj_bias [E, D] with ``bias``
+
+    Shapes:
+        x_TD [T, D], routing_weights_TK [T, K], expert indices [T, K] or a plan of them -> [T, D]
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        *,
+        activation: str = "swiglu",
+        bias: bool = False,
+        recompute: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        positive("Experts", hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
+        one_of("Experts", "activation", activation, ACTIVATIONS)
+        one_of("Experts", "recompute", recompute, RECOMPUTE)
+        self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
+        self.activation, self.recompute = activation, recompute
+        gated = is_gated(activation)
+        self._up_name = "gate_up_proj" if gated else "up_proj"
+        shapes = {
+            self._up_name: (num_experts, intermediate_size * (2 if gated else 1), hidden_size),
+            "down_proj": (num_experts, hidden_size, intermediate_size),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+            bias_parameter = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
+            self.register_parameter(f"{name}_bias", bias_parameter)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name in (self._up_name, "down_proj"):  # each expert as an nn.Linear of its own
+            weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
+            bound = 1 / math.sqrt(weight.shape[2])
+            nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, x_TD: Tensor, routing_weights_TK: Tensor, routing: Tensor | RoutingPlan) -> Tensor:
+        """Run the experts.
+
+        Args:
+            x_TD: [T, D].
+            routing_weights_TK: [T, K].
+            routing: expert indices [T, K] (below 0 or >= E: no expert), or their ``functional.routing_plan``.
+        """
+        plan = routing if isinstance(routing, RoutingPlan) else routing_plan(routing, self.num_experts)
+        return moe_experts(
+            x_TD,
+            routing_weights_TK,
+            plan,
+            getattr(self, self._up_name),
+            self.down_proj,
+            activation=self.activation,
+            bias_gate_up_E2I=getattr(self, f"{self._up_name}_bias"),
+            bias_down_ED=self.down_proj_bias,
+            recompute=self.recompute,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+        text += f"num_experts={self.num_experts}, activation={self.activation}, bias={self.down_proj_bias is not None}"
+        return text if self.recompute is None else f"{text}, recompute={self.recompute}"

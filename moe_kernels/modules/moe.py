@@ -1,0 +1,99 @@
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_kernels.modules._arguments import one_of, positive
+from moe_kernels.modules.experts import Experts
+from moe_kernels.modules.topk_router import TopKRouter
+
+#: activation -> (is it gated, its nonlinearity), for the shared expert
+_NONLINEARITIES = {
+    "swiglu": (True, F.silu),
+    "geglu": (True, F.gelu),
+    "geglu_tanh": (True, lambda z: F.gelu(z, approximate="tanh")),
+    "relu2": (False, lambda z: F.relu(z).square()),
+    "gelu": (False, F.gelu),
+    "gelu_tanh": (False, lambda z: F.gelu(z, approximate="tanh")),
+    "silu": (False, F.silu),
+}
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts layer: router, experts, and optionally a shared expert that every token passes through.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: I of one expert.
+        num_experts: E.
+        top_k: K, experts per token.
+        activation: of the experts and the shared expert, see :class:`Experts`.
+        shared_intermediate_size: width of the shared expert; None for no shared expert.
+        recompute: see :class:`Experts`.
+        device, dtype: of the parameters.
+        router_options: ``scoring``, ``renormalize``, ``score_after_topk``, ``epsilon``, ``scale``,
+            ``selection_bias``, ``num_groups``, ``top_groups`` of :class:`TopKRouter`.
+
+    Shapes:
+        x [..., D] -> [..., D]
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: str = "swiglu",
+        shared_intermediate_size: int | None = None,
+        recompute: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **router_options,
+    ) -> None:
+        super().__init__()
+        where = {"device": device, "dtype": dtype}
+        self.hidden_size = hidden_size
+        self.router = TopKRouter(hidden_size, num_experts, top_k, **router_options, **where)
+        self.experts = Experts(
+            hidden_size, intermediate_size, num_experts, activation=activation, recompute=recompute, **where
+        )
+        self.shared_expert = None
+        if shared_intermediate_size is not None:
+            positive("MoE", shared_intermediate_size=shared_intermediate_size)
+            self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, activation=activation, **where)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.hidden_size:
+            raise ValueError(f"MoE: x must be [..., {self.hidden_size}], got {list(x.shape)}")
+        x_TD = x.reshape(-1, self.hidden_size)
+        weights_TK, indices_TK, _ = self.router(x_TD)
+        out_TD = self.experts(x_TD, weights_TK, indices_TK)
+        if self.shared_expert is not None:
+            out_TD = out_TD + self.shared_expert(x_TD)
+        return out_TD.to(x.dtype).view(x.shape)
+
+
+class SharedExpert(nn.Module):
+    """A plain MLP with the experts' activation: gate_up_proj [2S, D] or up_proj [S, D], and down_proj [D, S]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, device=None, dtype=None) -> None:
+        super().__init__()
+        one_of("SharedExpert", "activation", activation, tuple(_NONLINEARITIES))
+        self.activation = activation
+        gated, _ = _NONLINEARITIES[activation]
+        self._up_name = "gate_up_proj" if gated else "up_proj"
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.add_module(self._up_name, nn.Linear(hidden_size, intermediate_size * (2 if gated else 1), **options))
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gated, nonlinearity = _NONLINEARITIES[self.activation]
+        h = getattr(self, self._up_name)(x_TD)
+        if not gated:
+            return self.down_proj(nonlinearity(h))
+        gate, up = h.chunk(2, dim=-1)
+        return self.down_proj(nonlinearity(gate) * up)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"

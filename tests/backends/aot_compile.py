@@ -1,0 +1,156 @@
+"""Compile the Triton kernels of ops for one architecture, without a GPU: ``aot_compile.py 90 gate_up combine``.
+
+Calls the op's backend function on CPU tensors with the launcher replaced by one that compiles: what is compiled is the
+very launch a GPU of that architecture would get, specialised by Triton's own binder. Prints one JSON line per launch.
+Run in a process of its own: where TRITON_INTERPRET is set, ``@triton.jit`` makes no kernels to compile.
+"""
+
+import argparse
+import importlib
+import json
+import time
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from moe_kernels.backends.triton import _launch
+
+# Divisibility is all that the kernels see of these sizes: multiples of every tile, as real models have them.
+T, K, E, D, I = 64, 8, 2, 512, 512  # noqa: E741
+
+
+class Variant(NamedTuple):
+    dtype: torch.dtype
+    block_m: int
+    flags: frozenset[str] = frozenset()  # what differs from the plainest call, see arguments()
+
+    def __str__(self):
+        dtype = str(self.dtype).removeprefix("torch.")
+        return "-".join([dtype, *([f"m{self.block_m}"] if self.block_m else []), *sorted(self.flags)])
+
+
+def compile_launch(launch: _launch.Launch, arch: int) -> dict:
+    """What ``JITFunction.run`` does up to and without the launch, for a target that need not be here."""
+    target = GPUTarget("cuda", arch, 32)
+    backend = make_backend(target)
+    kernel = launch.kernel
+    kwargs = {**launch.args, **launch.constexprs, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kwargs |= {"debug": False, "instrumentation_mode": ""}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(**kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=target, options=options.__dict__)
+    return {
+        "kernel": kernel.fn.__name__,
+        "shared": compiled.metadata.shared,
+        "cubin": len(compiled.asm["cubin"]),
+        "warps": compiled.metadata.num_warps,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def arguments(op: str, variant: Variant) -> tuple:
+    """The backend function's arguments: right shapes and dtypes, any values."""
+    uneven = 8 if "uneven" in variant.flags else 0
+    d, i = D + uneven, I + uneven
+    R, dtype, block_m = T * K, variant.dtype, variant.block_m
+
+    def floats(*shape):
+        return torch.zeros(shape, dtype=dtype)
+
+    def weights(*shape):
+        w = floats(*shape)
+        return w.mT.contiguous().mT if "transposed" in variant.flags else w
+
+    def ints(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    offsets, slots, positions, tiles = ints(E + 1), ints(R), ints(T, K), ints(2, R // max(block_m, 16) + E)
+    plain = "plain" in variant.flags  # without a gate, with what is optional
+    activation, n = ("relu2", i) if plain else ("swiglu", 2 * i)
+    match op:
+        case "routing_plan":
+            return torch.zeros((T, K), dtype=torch.int64), E, 64
+        case "permute":
+            return floats(T, d), floats(T, K).float(), offsets, slots, K
+        case "unpermute":
+            return floats(R, d), positions, floats(T, K).float()
+        case "combine":
+            return floats(T, d), floats(R, d), positions, floats(T, K).float(), floats(T, d)
+        case "gate_up":
+            bias = floats(E, n) if plain else None
+            return floats(T, d), weights(E, n, d), bias, offsets, slots, tiles, block_m, K, activation, True, True
+        case "grouped_gemm":
+            bias = floats(E, d) if plain else None
+            return floats(R, i), weights(E, d, i), bias, offsets, tiles, block_m, True
+        case "d_activation":
+            h = floats(R, n)
+            plan = (offsets, slots, tiles, block_m)
+            return h, floats(T, d), weights(E, d, i), h, floats(T, K).float(), *plan, activation
+        case "grouped_wgrad":
+            gather = next((f for f in ("lhs", "rhs") if f in variant.flags), "none")
+            sides = floats(T if gather == "lhs" else R, d), floats(T if gather == "rhs" else R, i)
+            return *sides, offsets, slots, K, gather, plain, torch.float32 if plain else dtype
+    raise ValueError(op)
+
+
+def variants(op: str, every_row: bool) -> list[Variant]:
+    bf16 = torch.bfloat16
+    if op == "routing_plan":
+        return [Variant(torch.int64, 0)]
+    if op in ("permute", "unpermute", "combine"):
+        return [Variant(dtype, 0) for dtype in (bf16, torch.float16, torch.float32)]
+    if op == "grouped_wgrad":
+        sides = [Variant(bf16, 0, frozenset({side})) for side in ("lhs", "rhs")]
+        more = [
+            Variant(bf16, 0, frozenset({"plain", "uneven"})),
+            Variant(torch.float16, 0, frozenset({"lhs"})),
+            Variant(torch.float32, 0, frozenset({"rhs"})),
+        ]
+        return sides + more if every_row else sides
+    if not every_row:
+        return [Variant(bf16, 128)]
+    rows = [Variant(bf16, block_m) for block_m in (16, 32, 64, 128)]
+    flags = [{"transposed"}, {"uneven"}, {"plain"}]
+    return [
+        *rows,
+        *(Variant(bf16, 128, frozenset(flag)) for flag in flags),
+        Variant(torch.float16, 64),
+        Variant(torch.float32, 64),
+    ]
+
+
+def launches_of(op: str, variant: Variant) -> list[_launch.Launch]:
+    """What the op's backend function would launch."""
+    recorded = []
+    for name in {op, "combine"}:  # unpermute launches through combine
+        module = importlib.import_module(f"moe_kernels.backends.triton.{name}")
+        module.launch = lambda device, launch: recorded.append(launch)
+    function = getattr(importlib.import_module(f"moe_kernels.backends.triton.{op}"), op)
+    function(*arguments(op, variant))
+    return recorded
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arch", type=int, help="90 for sm_90")
+    parser.add_argument("ops", nargs="+")
+    parser.add_argument("--every-row", action="store_true", help="every row of the tile table, not the tallest alone")
+    chosen = parser.parse_args()
+    assert not _launch.interpreted(), "unset TRITON_INTERPRET"
+
+    _launch._WITHOUT_GPU = divmod(chosen.arch, 10)
+    for op in chosen.ops:
+        for variant in variants(op, chosen.every_row):
+            for launch in launches_of(op, variant):
+                print(json.dumps({"variant": f"{op}-{variant}", **compile_launch(launch, chosen.arch)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Fixtures of every test: where an op runs, poisoned memory, a counter of op calls, the gpu marker.
+
+Without a GPU the Triton kernels run in Triton's interpreter. ``@triton.jit`` decides what it makes when a module is
+imported, so triton and the kernels are imported here under TRITON_INTERPRET=1; the variable is then taken back, and
+only a test whose target is Triton on the CPU sees it again. Everything else resolves as on any machine without a GPU.
+"""
+
+import collections
+import contextlib
+import importlib
+import os
+import pkgutil
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HAS_CUDA = torch.cuda.is_available()
+_INTERPRET = "TRITON_INTERPRET"
+
+if not HAS_CUDA:
+    _before = os.environ.get(_INTERPRET)
+    os.environ[_INTERPRET] = "1"
+    with contextlib.suppress(ImportError):  # no triton on this platform: its targets are then skipped with the reason
+        import triton.language  # noqa: F401
+
+        import moe_kernels.backends.triton as _kernels
+
+        for _module in pkgutil.iter_modules(_kernels.__path__):
+            importlib.import_module(f"{_kernels.__name__}.{_module.name}")
+    if _before is None:
+        del os.environ[_INTERPRET]
+
+from moe_kernels import backends, use_backend  # noqa: E402
+from tests.helpers import Target  # noqa: E402
+
+
+def pytest_configure(config):
+    # Triton's interpreter under a recent numpy, thousands of times
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items):
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+# Where an op runs
+
+CPU_TARGETS = [Target(backend, "cpu", torch.float32) for backend in ("reference", "triton")]
+# The reference is plain torch: one dtype shows that it runs there.
+GPU_TARGETS = [Target("reference", "cuda", torch.bfloat16)] + [
+    Target(backend, "cuda", dtype)
+    for backend in ("triton", "cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+]
+
+
+#: Ops without floating data: one dtype says it all.
+WITHOUT_FLOATS = ("routing_plan",)
+
+
+def pytest_generate_tests(metafunc):
+    """A test that takes ``target`` runs once for every backend that implements its module's ``OP``."""
+    if "target" not in metafunc.fixturenames:
+        return
+    op = metafunc.module.OP
+    gpu_targets = [t for t in GPU_TARGETS if op not in WITHOUT_FLOATS or t.dtype == torch.bfloat16]
+    targets = [pytest.param(t, id=str(t)) for t in CPU_TARGETS if op in backends.IMPLEMENTS[t.backend]]
+    targets += [
+        pytest.param(t, id=str(t), marks=pytest.mark.gpu) for t in gpu_targets if op in backends.IMPLEMENTS[t.backend]
+    ]
+    metafunc.parametrize("target", targets, indirect=True)
+
+
+@pytest.fixture
+def target(request, monkeypatch):
+    """The target with its backend forced."""
+    target = request.param
+    if target == Target("triton", "cpu", torch.float32):
+        if HAS_CUDA:
+            pytest.skip("the kernels are compiled for the GPU here, not interpreted")
+        monkeypatch.setenv(_INTERPRET, "1")
+    _forget_choices()
+    dims = (64, 64)
+    reason = backends.why_not(
+        target.backend, request.module.OP, backends.Problem(torch.device(target.device), target.dtype, dims)
+    )
+    if reason is not None:
+        pytest.skip(reason)
+    with use_backend(target.backend):
+        yield target
+    monkeypatch.undo()
+    _forget_choices()
+
+
+def _forget_choices():
+    """What the device can run depends on the interpreter's variable, which the library reads once."""
+    backends._resolve.cache_clear()
+    for backend in backends.ORDER:
+        module = importlib.import_module(f"moe_kernels.backends.{backend}")
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+# Poison
+
+#: Far outside any index, and unlike any count or offset a test can produce.
+POISON_INTEGER = 0x3A3A3A3A
+
+
+def poison_(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not torch.Tensor or tensor.device.type == "meta":
+        return tensor  # FakeTensor and friends
+    if tensor.dtype.is_floating_point:
+        return tensor.fill_(torch.nan)
+    return tensor.fill_(POISON_INTEGER if tensor.dtype.itemsize >= 4 else 1)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Uninitialised memory that the library asks for comes back as NaN or as a garbage integer.
+
+    Fresh memory is often zero, so a kernel that leaves out a row passes by luck; this takes the luck away.
+    """
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return poison_(tensor) if caller.startswith("moe_kernels.") else tensor
+
+        return wrapper
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+# Which ops ran
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts calls of ``torch.ops.moe_kernels.*`` and keeps the dtypes of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+        self.dtypes = collections.defaultdict(list)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "moe_kernels":
+            name = function.__name__.partition(".")[0]
+            self.calls[name] += 1
+            self.dtypes[name].append([a.dtype for a in args if isinstance(a, torch.Tensor)])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def op_counter():
+    """An :class:`OpCounter`; use it as ``with op_counter: ...``."""
+    return OpCounter()

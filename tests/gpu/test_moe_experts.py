@@ -1,0 +1,196 @@
+"""The whole layer on the GPU, by the backends it picks: values, gradients, streams, threads, devices, no host sync."""
+
+import importlib
+import threading
+
+import pytest
+import torch
+
+from moe_kernels import use_backend
+from moe_kernels.functional import moe_experts, routing_plan, topk_route
+from tests.helpers import Case, Problem, assert_close, bitwise_equal, naive_moe
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("x", "weights", "w_gate_up", "w_down", "bias_gate_up", "bias_down")
+CASES = [
+    Case(63, 2, 8, 64, 40, block_m=16),
+    Case(1, 2, 4, 64, 40, block_m=16),
+    Case(0, 2, 4, 64, 40, block_m=16),
+    Case(70, 3, 5, 200, 24, routing="sentinels", block_m=16),
+    Case(50, 2, 4, 64, 40, routing="all_to_one", block_m=16),
+    Case(70, 2, 8, 64, 40, routing="empty", block_m=16),
+    Case(40, 4, 3, 64, 40, "relu2", routing="duplicates", block_m=16),
+]
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
+BOTH = pytest.mark.parametrize("recompute", [None, "pre_activation"], ids=["save-h", "recompute"])
+MEDIUM = Case(500, 4, 16, 256, 128)
+
+
+def leaves(p, dtype=None, device=None):
+    return [getattr(p, name).detach().clone().to(device, dtype).requires_grad_() for name in NAMES]
+
+
+def layer(p, inputs, recompute=None, plan=None):
+    x, weights, w_gate_up, w_down, bias_gate_up, bias_down = inputs
+    return moe_experts(
+        x,
+        weights,
+        plan or p.plan,
+        w_gate_up,
+        w_down,
+        activation=p.case.activation,
+        bias_gate_up_E2I=bias_gate_up,
+        bias_down_ED=bias_down,
+        recompute=recompute,
+    )
+
+
+def step(p, inputs, recompute=None, plan=None):
+    """Output and every gradient."""
+    out = layer(p, inputs, recompute, plan)
+    return [out, *torch.autograd.grad(out, inputs, p.d_out.to(out))]
+
+
+@DTYPES
+@BOTH
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_naive_autograd(poison, case, dtype, recompute):
+    p = Problem(case, "cuda", dtype)
+
+    def naive(inputs):
+        x, weights, w_gate_up, w_down, *biases = inputs
+        out = naive_moe(x, weights, p.indices, w_gate_up, w_down, case.activation, *biases)
+        grads = torch.autograd.grad(out, inputs, p.d_out.to(out.dtype), allow_unused=True, materialize_grads=True)
+        return [out, *grads]
+
+    truth, plain = naive(leaves(p, torch.float64)), naive(leaves(p))
+    for name, ours, true, torchs in zip(("output", *NAMES), step(p, leaves(p), recompute), truth, plain):
+        assert_close(ours, true, torchs, name)
+
+
+@DTYPES
+def test_column_chunks(monkeypatch, dtype):
+    """Large products are made a few hundred columns at a time: same results within rounding."""
+    module = importlib.import_module("moe_kernels.functional.moe_experts")
+    p = Problem(MEDIUM, "cuda", dtype)
+    whole = step(p, leaves(p))
+    monkeypatch.setattr(module, "_CHUNK_ABOVE_BYTES", 0)
+    monkeypatch.setattr(module, "_CHUNK_COLUMNS", 96)
+    for a, b in zip(step(p, leaves(p)), whole):
+        assert_close(a, b.double(), b)
+
+
+def test_autocast_with_float32_parameters():
+    p = Problem(MEDIUM, "cuda", torch.float32)
+    inputs = leaves(p)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = layer(p, inputs)
+    half = Problem(MEDIUM, "cuda", torch.bfloat16)
+    got = [out, *torch.autograd.grad(out, inputs, half.d_out.float())]
+    # The truth rounds what autocast rounds: all but the routing weights
+    exact = [t if name == "weights" else t.bfloat16() for name, t in zip(NAMES, inputs)]
+    with use_backend("reference"):
+        truth = step(half, [t.detach().double().requires_grad_() for t in exact])
+        plain = step(half, leaves(half))
+    for name, ours, true, torchs in zip(("output", *NAMES), got, truth, plain):
+        assert ours.dtype == torch.float32, name
+        assert_close(ours.bfloat16(), true, torchs, name)
+
+
+@BOTH
+def test_reruns_are_bitwise_equal(recompute):
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    assert all(bitwise_equal(a, b) for a, b in zip(step(p, leaves(p), recompute), step(p, leaves(p), recompute)))
+
+
+def test_second_backward_is_refused():
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    inputs = leaves(p)
+    out = layer(p, inputs)
+    torch.autograd.grad(out, inputs, p.d_out, retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward over the same graph"):
+        torch.autograd.grad(out, inputs, p.d_out)
+
+
+def test_two_backwards_over_offloaded_tensors():
+    """Offloading hands back a fresh copy of H each time, so both are right."""
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    inputs = leaves(p)
+    expected = step(p, leaves(p))[1:]
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        out = layer(p, inputs)
+    for retain in (True, False):
+        got = torch.autograd.grad(out, inputs, p.d_out, retain_graph=retain)
+        assert all(bitwise_equal(a, b) for a, b in zip(got, expected))
+
+
+def test_no_host_sync():
+    """Router, plan, experts, backward: nothing waits for the GPU."""
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    inputs = leaves(p)
+    logits = p.x[:, : p.case.E].detach().clone().requires_grad_()
+
+    def run():
+        weights, indices = topk_route(logits, p.case.K, renormalize=True)
+        plan = routing_plan(indices, p.case.E)
+        out = layer(p, [inputs[0], weights, *inputs[2:]], plan=plan)
+        torch.autograd.grad(out, [logits, inputs[0], *inputs[2:]], p.d_out)
+
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_other_stream_and_other_thread():
+    """A thread has no context of its own to inherit (Triton keeps its allocator in one), nor the default stream."""
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    expected, got = step(p, leaves(p)), []
+
+    def work():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(stream):
+            got.extend(step(p, leaves(p)))
+        stream.synchronize()
+
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(got) == len(expected), "the thread failed: see its traceback above"
+    assert all(bitwise_equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_device_that_is_not_current():
+    p, other = Problem(MEDIUM, "cuda:0", torch.bfloat16), Problem(MEDIUM, "cuda:1", torch.bfloat16)
+    expected = step(p, leaves(p))
+    with torch.cuda.device(0):
+        plan = routing_plan(other.indices, p.case.E, block_m=p.case.block_m)
+        got = step(other, leaves(other), plan=plan)
+        assert torch.cuda.current_device() == 0
+    assert all(t.device.index == 1 for t in got)
+    assert all(bitwise_equal(a.cpu(), b.cpu()) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_with_the_kernels(backend):
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+
+    def whole(indices, *inputs):
+        return layer(p, inputs, plan=routing_plan(indices, p.case.E, block_m=p.case.block_m))
+
+    inputs = leaves(p)
+    expected = [whole(p.indices, *inputs)]
+    expected += torch.autograd.grad(expected[0], inputs, p.d_out)
+    torch._dynamo.reset()
+    out = torch.compile(whole, fullgraph=True, backend=backend)(p.indices, *inputs)
+    for ours, eager in zip([out, *torch.autograd.grad(out, inputs, p.d_out)], expected):
+        assert_close(ours, eager.double(), eager)

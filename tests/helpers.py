@@ -1,0 +1,341 @@
+"""What the tests share: the naive truths, random routings and problems, and the one table of tolerances.
+
+Nothing here calls the library's arithmetic: the plan is a Python sort, the formulas are plain torch and run in the
+dtype of what they are given (fp64 for the truth, bf16 for "what plain torch would do"). Shape letters as in the
+library: T tokens, K experts per token, R = T*K routed rows, E experts, D hidden, I intermediate, N = 2I or I.
+"""
+
+import itertools
+import zlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_kernels.functional import RoutingPlan
+
+# Tolerances
+
+#: Largest relative L2 error of a full-precision result against the fp64 truth. fp32 (eps 1.2e-7): sums of up to a few
+#: thousand terms in any order stay near 1e-6, a TF32 product or a bf16 round trip is at 1e-3. fp64: the same, scaled.
+RELATIVE_L2 = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+#: A half-precision result may be this many times worse than plain torch in that dtype: one rounding in another place.
+TIMES_PLAIN = 2
+#: And this far off where plain torch is exact, a tenth of the dtype's own rounding (eps / sqrt(12), relative L2).
+FLOOR = {torch.bfloat16: 2e-4, torch.float16: 3e-5}
+
+#: Largest single error as a multiple of the L2 limit, against the largest element: one wrong element in a large tensor
+#: does not move an L2 norm. Maxima over 10^6 roundings lie within 5 standard deviations, doubled.
+WORST_ELEMENT = 10
+
+
+def relative_l2(actual: Tensor, truth: Tensor) -> float:
+    actual, truth = actual.detach().double(), truth.detach().double()
+    if truth.numel() == 0:
+        return 0.0
+    scale = truth.norm().item()
+    return (actual - truth).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def assert_close(actual: Tensor, truth: Tensor, plain: Tensor | None = None, what: str = "result") -> None:
+    """Within the tables above; ``plain`` is what torch makes of the same formula in the dtype of ``actual``."""
+    assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
+    if actual.dtype in RELATIVE_L2:
+        limit = RELATIVE_L2[actual.dtype]
+    else:
+        limit = TIMES_PLAIN * relative_l2(plain, truth) + FLOOR[actual.dtype]
+    error = relative_l2(actual, truth)
+    assert error <= limit, f"{what}: relative L2 error {error:.2e}, allowed {limit:.2e}"  # also fails on NaN
+    if truth.numel():
+        worst = (actual.double() - truth.double()).abs().max().item()
+        largest = max(truth.abs().max().item(), 1e-30) if truth.any() else 1.0
+        assert worst <= WORST_ELEMENT * limit * largest, f"{what}: one element is off by {worst:.2e}"
+
+
+def bitwise_equal(a: Tensor, b: Tensor) -> bool:
+    """Equal including NaN payloads: unwritten elements are poison in both."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
+
+
+# Cases
+
+
+class Case(NamedTuple):
+    T: int
+    K: int
+    E: int
+    D: int
+    I: int  # noqa: E741  the library's letter
+    activation: str = "swiglu"
+    routing: str = "uniform"
+    block_m: int = 64
+
+    def __str__(self):
+        sizes = f"T{self.T}-K{self.K}-E{self.E}-D{self.D}-I{self.I}-{self.activation}"
+        return f"{sizes}-{self.routing}-m{self.block_m}"
+
+    @property
+    def N(self) -> int:
+        return self.I * (2 if self.activation in GATED else 1)
+
+
+class Target(NamedTuple):
+    """Where an op test runs."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    def __str__(self):
+        return f"{self.backend}-{self.device}-{str(self.dtype).removeprefix('torch.')}"
+
+
+# Activations, written out
+
+GATED = ("swiglu", "geglu", "geglu_tanh")
+PLAIN = ("relu2", "gelu", "gelu_tanh", "silu")
+ACTIVATIONS = GATED + PLAIN
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    z, up = h.chunk(2, -1) if activation in GATED else (h, None)
+    match activation:
+        case "swiglu" | "silu":
+            a = z * torch.sigmoid(z)
+        case "geglu" | "gelu":
+            a = 0.5 * z * (1 + torch.erf(z * 0.5**0.5))
+        case "geglu_tanh" | "gelu_tanh":
+            a = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+        case "relu2":
+            a = torch.where(z > 0, z, torch.zeros_like(z)) ** 2
+    return a if up is None else a * up
+
+
+# Routing
+
+ROUTINGS = ("uniform", "all_to_one", "empty", "sentinels", "duplicates", "all_dropped")
+
+
+def make_indices(case: Case, generator: torch.Generator) -> Tensor:
+    """int64 [T, K] expert ids."""
+    T, K, E = case.T, case.K, case.E
+    repeated = torch.randint(0, E, (T, K), generator=generator)
+    distinct = torch.rand(T, E, generator=generator).argsort(-1)[:, :K] if K <= E else repeated
+    match case.routing:
+        case "uniform":
+            return distinct
+        case "all_to_one":  # every slot of every token: K rows of one expert share a token
+            return torch.full((T, K), E // 2)
+        case "empty":  # first, last and every odd expert get nothing
+            used = torch.arange(2, max(E - 1, 3), 2).clamp(max=E - 1)
+            return used[torch.randint(0, len(used), (T, K), generator=generator)]
+        case "sentinels":  # -1 and ids from E up both mean "no expert"; token 0 loses every slot
+            outside = torch.tensor([-1, E, E + 1, -(2**31), 2**31 - 1])
+            outside = outside[torch.randint(0, len(outside), (T, K), generator=generator)]
+            drop = torch.rand(T, K, generator=generator) < 0.3
+            drop[:1] = True
+            return torch.where(drop, outside, distinct)
+        case "duplicates":
+            return repeated
+        case "all_dropped":
+            return torch.where(repeated % 2 == 0, -1, E)
+    raise ValueError(case.routing)
+
+
+class Rows(NamedTuple):
+    """The kept rows in expert order, and the slots nobody wants, both as Python finds them."""
+
+    experts: list[int]
+    slots: list[int]
+    dropped: list[int]
+
+
+def naive_rows(indices_TK: Tensor, num_experts: int) -> Rows:
+    ids = indices_TK.flatten().tolist()
+    kept = sorted((e, slot) for slot, e in enumerate(ids) if 0 <= e < num_experts)  # slots ascend: a stable sort
+    return Rows([e for e, _ in kept], [s for _, s in kept], [s for s, e in enumerate(ids) if not 0 <= e < num_experts])
+
+
+def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int) -> RoutingPlan:
+    rows = naive_rows(indices_TK, num_experts)
+    offsets = [0, *itertools.accumulate(rows.experts.count(e) for e in range(num_experts))]
+    positions = [-1] * indices_TK.numel()
+    for position, slot in enumerate(rows.slots):
+        positions[slot] = position
+    tiles = [
+        (e, first) for e, (start, end) in enumerate(itertools.pairwise(offsets)) for first in range(start, end, block_m)
+    ]
+    bound = indices_TK.numel() // block_m + min(indices_TK.numel(), num_experts)
+    tiles += [(-1, 0)] * (bound - len(tiles))
+
+    def int32(values):
+        return torch.tensor(values, dtype=torch.int32, device=indices_TK.device)
+
+    return RoutingPlan(
+        int32(offsets),
+        int32(rows.slots + rows.dropped),
+        int32(positions).reshape(indices_TK.shape),
+        int32(tiles).reshape(-1, 2).T.contiguous(),
+        block_m,
+    )
+
+
+# Problems
+
+
+class Problem:
+    """Random unit-scale tensors of a case and everything the formulas need to know about its routing."""
+
+    def __init__(self, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        self.case = case
+        generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+
+        def normal(*shape, scale=1.0):
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+
+        T, K, E, D, I, N = case.T, case.K, case.E, case.D, case.I, case.N  # noqa: E741
+        self.indices = make_indices(case, generator).to(device)
+        self.rows = naive_rows(self.indices, E)
+        self.plan = naive_plan(self.indices, E, case.block_m)
+        self.kept = len(self.rows.slots)
+        self.expert_r = torch.tensor(self.rows.experts, dtype=torch.int64, device=device)
+        self.slot_r = torch.tensor(self.rows.slots, dtype=torch.int64, device=device)
+        self.token_r = self.slot_r // max(K, 1)
+
+        self.x = normal(T, D)
+        self.w_gate_up = normal(E, N, D, scale=D**-0.5)
+        self.bias_gate_up = normal(E, N)
+        self.w_down = normal(E, D, I, scale=I**-0.5)
+        self.bias_down = normal(E, D)
+        self.weights = normal(T, K)
+        self.d_out = normal(T, D)
+        self.h = normal(T * K, N)
+        self.a = normal(T * K, I)
+        self.y = normal(T * K, D)
+        self.residual = normal(T, D)
+        for unowned in (self.h, self.a, self.y):  # nothing may be read past the last expert's rows
+            unowned[self.kept :] = torch.nan
+
+
+# The formulas: kept rows only, in the dtype of what they are given
+
+
+def gate_up(p: Problem, x, w, bias) -> tuple[Tensor, Tensor]:
+    h = grouped_gemm(p, x[p.token_r], w, bias, True)
+    return h, activate(h, p.case.activation)
+
+
+def grouped_gemm(p: Problem, a, w, bias, trans_w) -> Tensor:
+    y = a.new_zeros(p.kept, w.shape[1 if trans_w else 2])
+    for e in range(w.shape[0]):
+        mine = p.expert_r == e
+        y[mine] = a[: p.kept][mine] @ (w[e].T if trans_w else w[e])
+        if bias is not None:
+            y[mine] += bias[e]
+    return y
+
+
+def d_activation(p: Problem, d_out, w_down, h, weights) -> tuple[Tensor, Tensor, Tensor]:
+    """dH, A', dS [T, K]"""
+    with torch.enable_grad():
+        h = h[: p.kept].detach().requires_grad_()
+        a = activate(h, p.case.activation)
+    d_a = grouped_gemm(p, d_out[p.token_r], w_down, None, False)
+    s = weights.flatten()[p.slot_r, None].to(a.dtype)
+    (dh,) = torch.autograd.grad(a, h, s * d_a)
+    a = a.detach()
+    d_weights = a.new_zeros(weights.numel())
+    d_weights[p.slot_r] = (d_a * a).sum(-1)
+    return dh, s * a, d_weights.view(weights.shape)
+
+
+def grouped_wgrad(p: Problem, lhs, rhs) -> tuple[Tensor, Tensor]:
+    """``lhs`` and ``rhs`` are rows in expert order here: the test gathers."""
+    E = p.case.E
+    dw, db = lhs.new_zeros(E, lhs.shape[1], rhs.shape[1]), lhs.new_zeros(E, lhs.shape[1])
+    for e in range(E):
+        mine = p.expert_r == e
+        dw[e] = lhs[: p.kept][mine].T @ rhs[: p.kept][mine]
+        db[e] = lhs[: p.kept][mine].sum(0)
+    return dw, db
+
+
+def combine(p: Problem, y, weights, residual) -> Tensor:
+    out = y.new_zeros(p.case.T, y.shape[1]) if residual is None else residual.clone()
+    for row, slot in enumerate(p.rows.slots):
+        t, k = divmod(slot, p.case.K)
+        out[t] += y[row] if weights is None else weights[t, k].to(y.dtype) * y[row]
+    return out
+
+
+def naive_moe(x, weights, indices, w_gate_up, w_down, activation="swiglu", bias_gate_up=None, bias_down=None) -> Tensor:
+    """The layer as its definition reads, one token and one expert at a time; autograd does the rest."""
+    out = []
+    for t, ids in enumerate(indices.tolist()):
+        total = x.new_zeros(w_down.shape[1])
+        for k, e in enumerate(ids):
+            if not 0 <= e < w_gate_up.shape[0]:
+                continue
+            h = w_gate_up[e] @ x[t] + (0 if bias_gate_up is None else bias_gate_up[e])
+            y = w_down[e] @ activate(h, activation) + (0 if bias_down is None else bias_down[e])
+            total = total + weights[t, k].to(y.dtype) * y
+        out.append(total)
+    nothing = x * 0 + weights.sum() * 0  # a token without experts is zero and still has a gradient
+    return torch.stack(out) + nothing.to(x.dtype) if out else nothing
+
+
+def doubled(*tensors):
+    """The same values in fp64."""
+    return tuple(t.double() if isinstance(t, Tensor) else t for t in tensors)
+
+
+# Arguments of the ops
+
+
+def op_arguments(op: str, p: Problem) -> tuple:
+    """Valid arguments of ``torch.ops.moe_kernels.<op>`` for a problem, in the order of its schema."""
+    case, plan = p.case, p.plan
+    offsets, slots, positions, tiles, block_m = plan
+    logits = F.pad(p.x, (0, max(0, case.E - case.D)))[:, : case.E].contiguous()
+    match op:
+        case "routing_plan":
+            return p.indices, case.E, block_m
+        case "topk_route":
+            return logits, None, min(case.K, case.E), "softmax", False, True, 0.0, 1.0, 1, 1
+        case "topk_route_bwd":
+            indices = logits.argsort(-1)[:, : case.K].contiguous()
+            return p.weights[:, : indices.shape[1]].contiguous(), logits, indices, "softmax", False, True, 0.0, 1.0
+        case "permute":
+            return p.x, p.weights, offsets, slots, case.K
+        case "unpermute":
+            return p.y, positions, p.weights
+        case "gate_up":
+            plan_arguments = (offsets, slots, tiles, block_m, case.K, case.activation)
+            return (p.x, p.w_gate_up, p.bias_gate_up, *plan_arguments, True, True)
+        case "grouped_gemm":
+            return p.a, p.w_down, p.bias_down, offsets, tiles, block_m, True
+        case "d_activation" | "d_activation_":
+            return p.d_out, p.w_down, p.h, p.weights, offsets, slots, tiles, block_m, case.activation
+        case "grouped_wgrad":
+            return p.d_out, p.a, offsets, slots, case.K, "lhs", True, p.x.dtype
+        case "combine":
+            return torch.full_like(p.x, torch.nan), p.y, positions, p.weights, p.residual
+    raise ValueError(op)
+
+
+OPS = (
+    "routing_plan",
+    "topk_route",
+    "topk_route_bwd",
+    "permute",
+    "unpermute",
+    "gate_up",
+    "grouped_gemm",
+    "d_activation",
+    "d_activation_",
+    "grouped_wgrad",
+    "combine",
+)

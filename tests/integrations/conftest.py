@@ -1,0 +1,47 @@
+"""Fixtures of the Hugging Face tests: moe_kernels switched on and off around each test, and a count of our ops."""
+
+import importlib.util
+
+import pytest
+import torch
+
+import moe_kernels
+
+collect_ignore_glob = [] if importlib.util.find_spec("transformers") else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def enabled():
+    moe_kernels.enable()
+    yield
+    moe_kernels.disable()
+
+
+@pytest.fixture
+def ours(op_counter):
+    """``with ours(layers, backward=True): ...`` fails unless exactly that many experts layers ran on our ops."""
+
+    class Ours:
+        def __init__(self, layers: int, backward: bool = False):
+            self.layers, self.backward = layers, backward
+
+        def __enter__(self):
+            op_counter.calls.clear()
+            return op_counter.__enter__()
+
+        def __exit__(self, error, *rest):
+            op_counter.__exit__(error, *rest)
+            if error is not None:
+                return
+            for op in ("routing_plan", "gate_up"):
+                assert op_counter.calls[op] == self.layers, f"{op}: {dict(op_counter.calls)}"
+            if self.backward:
+                assert op_counter.calls["d_activation_"] == self.layers, dict(op_counter.calls)
+                assert op_counter.calls["grouped_wgrad"] == 2 * self.layers, dict(op_counter.calls)
+
+    return Ours

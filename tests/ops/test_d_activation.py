@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from tests import helpers
+from tests.helpers import ACTIVATIONS, Case, Problem, assert_close, bitwise_equal
+
+OP = "d_activation"
+
+CASES = [
+    Case(63, 2, 8, 64, 32, block_m=16),
+    Case(1, 1, 1, 8, 8, block_m=16),
+    Case(0, 2, 4, 64, 32, block_m=64),
+    Case(130, 2, 4, 72, 40, block_m=64),
+    Case(97, 3, 5, 200, 24, routing="sentinels", block_m=32),
+    Case(70, 2, 4, 64, 136, routing="all_to_one", block_m=128),
+    Case(80, 2, 8, 24, 200, routing="empty", block_m=64),
+    Case(17, 2, 4, 40, 24, routing="all_dropped", block_m=16),
+    Case(90, 4, 3, 64, 72, "relu2", routing="duplicates", block_m=64),
+]
+
+
+def rest(p, weights=None):
+    plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m)
+    return (p.weights if weights is None else weights, *plan, p.case.activation)
+
+
+def check(p, weights):
+    h = p.h.clone()
+    dh, a_scaled, d_weights = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, h, *rest(p, weights))
+    assert bitwise_equal(h, p.h), "h was written over"
+    assert d_weights.dtype == torch.float32 and a_scaled.shape == p.a.shape and dh.shape == h.shape
+
+    arguments = (p.d_out, p.w_down, p.h, weights)
+    truth, plain = helpers.d_activation(p, *helpers.doubled(*arguments)), helpers.d_activation(p, *arguments)
+    assert_close(dh[: p.kept], truth[0], plain[0], "dH")
+    assert_close(a_scaled[: p.kept], truth[1], plain[1], "A'")
+    # dS is stored in fp32 but comes from products of half-precision data: compare it in the dtype of the data
+    assert_close(d_weights.to(p.x.dtype), truth[2], plain[2], "dS")
+    dropped = p.plan.positions_TK < 0
+    assert (d_weights[dropped] == 0).all(), "dS of a dropped slot"
+
+
+@pytest.mark.parametrize("weights", ["same", "float32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(target, case, weights):
+    p = Problem(case, target.device, target.dtype)
+    check(p, p.weights if weights == "same" else p.weights.float() * 1.01)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(target, activation):
+    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+    check(p, p.weights)
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[8]], ids=str)
+def test_over_h_gives_the_same_bits(target, case):
+    p = Problem(case, target.device, target.dtype)
+    dh, *apart = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p))
+    h = p.h.clone()
+    over = torch.ops.moe_kernels.d_activation_(p.d_out, p.w_down, h, *rest(p))
+    assert bitwise_equal(h[: p.kept], dh[: p.kept])
+    assert bitwise_equal(over[0][: p.kept], apart[0][: p.kept]) and bitwise_equal(over[1], apart[1])
+
+
+def test_strided_inputs(target):
+    p = Problem(Case(50, 2, 4, 72, 40), target.device, target.dtype)
+    expected = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p))
+    wide = torch.full((50, 200), torch.nan, device=target.device, dtype=target.dtype)
+    wide[:, 64:136] = p.d_out
+    for d_out, w, weights in (
+        (wide[:, 64:136], p.w_down, p.weights),
+        (p.d_out.T.contiguous().T, p.w_down, p.weights),
+        (p.d_out, p.w_down.mT.contiguous().mT, p.weights),
+        (p.d_out, p.w_down, p.weights.T.contiguous().T),
+    ):
+        ours = torch.ops.moe_kernels.d_activation(d_out, w, p.h, *rest(p, weights))
+        for name, tensor, contiguous in zip(("dH", "A'", "dS"), ours, expected):
+            assert_close(tensor, contiguous.double(), contiguous, name)
+
+
+def test_rerun_is_bitwise_equal(target):
+    p = Problem(CASES[4], target.device, target.dtype)
+    first, second = (torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p)) for _ in range(2))
+    for a, b in zip(first[:2], second[:2]):
+        assert bitwise_equal(a[: p.kept], b[: p.kept])
+    assert bitwise_equal(first[2], second[2]), "dS is a sum in a fixed order"
