@@ -36,7 +36,7 @@ SIZES = {
     "head-dim": 128,
     "vocab": 151936,
 }
-#: Of the run; the learning rate is that of pre-training, since the weights are random.
+#: Of the run; its learning rate is 1e-4.
 RUN = {"max-steps": 200, "batch-size": 4, "seq-len": 1024, "seed": 0}
 
 
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (SIZES | RUN).items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default: {default}")
-    parser.add_argument("--lr", type=float, default=3e-4, metavar="X", help="default: 3e-4")
+    parser.add_argument("--lr", type=float, default=1e-4, metavar="X", help="default: 1e-4")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
         "--work-dir", type=Path, help="keep the checkpoint and the run here instead of a temporary place"

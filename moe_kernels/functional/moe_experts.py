@@ -22,9 +22,10 @@ from moe_kernels.ops._contract import check_activation, describe, fail, is_gated
 
 RECOMPUTE = (None, "pre_activation")
 
-#: Y and dX rows are made and summed this many columns at a time once the whole buffer would be large.
-_CHUNK_COLUMNS = 512
-_CHUNK_ABOVE_BYTES = 64 * 2**20
+#: Y and dX rows may take as much memory as the gradient of w_gate_up, which the step needs anyway while they are gone,
+#: or this much if that is less; beyond it they are made and summed fewer columns at a time.
+_ROW_BUFFER_BYTES = 64 * 2**20
+_CHUNK_COLUMNS = 256  # chunks are multiples of this: a narrower product would waste the widest tiles
 
 
 class _How(NamedTuple):
@@ -107,7 +108,8 @@ class _GateUp(torch.autograd.Function):
         plan = RoutingPlan(*tensors, ctx.block_m)
         dx_TD = dw_E2ID = d_bias_E2I = None
         if ctx.needs_input_grad[0]:
-            dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(ctx.dtype), None, None, plan, trans_w=False)
+            inner = w_E2ID.shape[1]
+            dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(ctx.dtype), None, None, plan, inner, trans_w=False)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             dw_E2ID, d_bias_E2I = torch.ops.moe_kernels.grouped_wgrad(
                 dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", ctx.has_bias, w_E2ID.dtype
@@ -127,7 +129,7 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_RN, a_RI, weights_TK, w_EDI, bias_ED, again, plan, how):
         out_TD = _row_product_and_sum(
-            a_RI, w_EDI.to(how.dtype), _to(bias_ED, how.dtype), weights_TK, plan, trans_w=True
+            a_RI, w_EDI.to(how.dtype), _to(bias_ED, how.dtype), weights_TK, plan, h_RN.shape[1], trans_w=True
         )
         ctx.save_for_backward(h_RN, weights_TK, w_EDI, bias_ED, *plan[:4], *again)
         ctx.block_m, ctx.how, ctx.consumed = plan.block_m, how, None
@@ -181,12 +183,11 @@ def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
     )
 
 
-def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, *, trans_w) -> Tensor:
-    """sum over k of s * (a . W) per token, [T, N]; the [R, N] rows exist only a few columns at a time."""
+def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, *, trans_w) -> Tensor:
+    """sum over k of s * (a . W) per token, [T, D]; ``inner`` is N, the width of H."""
     width = w.shape[1 if trans_w else 2]
-    out_TN = a_RC.new_empty(plan.positions_TK.shape[0], width)
-    whole = a_RC.shape[0] * width * a_RC.element_size() <= _CHUNK_ABOVE_BYTES or torch.compiler.is_compiling()
-    step = width if whole else _CHUNK_COLUMNS
+    out_TD = a_RC.new_empty(plan.positions_TK.shape[0], width)
+    step = _chunk_columns(a_RC, width, plan.num_experts * inner * width)
     for start in range(0, width, step):
         columns = slice(start, min(start + step, width))
         y_Rn = torch.ops.moe_kernels.grouped_gemm(
@@ -198,8 +199,18 @@ def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, *, trans_w) -> Tens
             plan.block_m,
             trans_w,
         )
-        torch.ops.moe_kernels.combine(out_TN[:, columns], y_Rn, plan.positions_TK, weights_TK, None)
-    return out_TN
+        torch.ops.moe_kernels.combine(out_TD[:, columns], y_Rn, plan.positions_TK, weights_TK, None)
+    return out_TD
+
+
+def _chunk_columns(a_RC: Tensor, width: int, gate_up_elements: int) -> int:
+    """How many of the ``width`` columns of a row buffer to make at a time."""
+    allowed = max(_ROW_BUFFER_BYTES, gate_up_elements * a_RC.element_size())
+    needed = a_RC.shape[0] * width * a_RC.element_size()
+    if needed <= allowed or torch.compiler.is_compiling():
+        return width
+    chunks = -(-needed // allowed)
+    return min(width, -(-width // (chunks * _CHUNK_COLUMNS)) * _CHUNK_COLUMNS)
 
 
 def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
