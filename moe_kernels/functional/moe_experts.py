@@ -261,7 +261,8 @@ _CONSUMED = (
 
 def _expert_TK(plan: RoutingPlan) -> Tensor:
     """The expert of each slot; E for a dropped one."""
-    expert_TK = torch.searchsorted(plan.offsets_E1[1:], plan.positions_TK, right=True)
+    # Not searchsorted: compiled by inductor it ignores that offsets[1:] starts at an offset (torch 2.11, on a GPU).
+    expert_TK = (plan.positions_TK[..., None] >= plan.offsets_E1[1:]).sum(-1)
     return torch.where(plan.positions_TK < 0, plan.num_experts, expert_TK)
 
 

@@ -25,11 +25,12 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 def launch(device: torch.device, launch: Launch) -> None:
     """Run on the current stream of ``device``, whichever device is current."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers}
     if device.type != "cuda":
         launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options)
         return
@@ -79,6 +80,11 @@ def matrix_descriptor(w: Tensor, rows: int, columns: int) -> tuple[TensorDescrip
 
 def row_descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(rows_contiguous(tensor), [rows, columns])
+
+
+def parts_descriptor(tensor: Tensor, parts: int, rows: int, columns: int) -> TensorDescriptor:
+    """Descriptor of a contiguous [R, parts * width] tensor as [R, parts, width], one part's tile at a time."""
+    return TensorDescriptor.from_tensor(tensor.view(tensor.shape[0], parts, -1), [rows, 1, columns])
 
 
 cdiv = triton.cdiv

@@ -1,4 +1,8 @@
-"""Pieces that several kernels share: the order of tiles, a weight tile in either storage order, halving a tile."""
+"""Pieces that several kernels share: the order of tiles, a weight tile in either storage order, halving and storing.
+
+Row tensors that a kernel writes are seen as [R, parts, width] (H has a gate and an up part), so that a box never runs
+from one part into the next.
+"""
 
 import triton
 import triton.language as tl
@@ -27,3 +31,19 @@ def weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half of the columns."""
     return tl.split(tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
+
+
+@triton.jit
+def store_rows(
+    desc, ptr, value, first, end, part, n, PARTS: tl.constexpr, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Write a tile: by the copy engine, straight from the accumulator's layout, when all its rows are the expert's;
+    the expert's last, ragged tile by masked stores, since a box would cover the next expert's rows."""
+    value = value.to(ptr.dtype.element_ty)
+    if first + ROWS <= end:
+        desc.store([first, part, n], value.reshape(ROWS, 1, COLUMNS))
+    else:
+        o_m = first + tl.arange(0, ROWS)
+        o_n = n + tl.arange(0, COLUMNS)
+        p = ptr + o_m.to(tl.int64)[:, None] * (PARTS * width) + part * width + o_n[None, :]
+        tl.store(p, value, mask=(o_m < end)[:, None] & (o_n < width)[None, :])

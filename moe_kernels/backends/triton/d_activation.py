@@ -34,22 +34,20 @@ from moe_kernels.backends.triton.configs import tiles
 def _epilogue(
     d_a,
     n,
-    h_ptr,
-    dh_ptr,
-    a_ptr,
+    tensors,
     rows,
-    m_m,
-    s,
-    N,
     I,  # noqa: E741
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """One column part: writes its dH and A', returns its share of dS [BLOCK_M]."""
+    h_ptr, dh_ptr, a_ptr = tensors
+    o_m, m_m, s = rows
+    o_m = o_m.to(tl.int64)[:, None]
     o_n = n + tl.arange(0, COLUMNS)
     mask = m_m[:, None] & (o_n < I)[None, :]
-    at_h = rows * N + o_n[None, :]
+    at_h = o_m * (2 * I if GATED else I) + o_n[None, :]
     gate = tl.load(h_ptr + at_h, mask=mask, other=0.0).to(tl.float32)
     f, df = nonlinearity(gate, ACTIVATION)
     d_scaled = d_a * s[:, None]
@@ -64,7 +62,7 @@ def _epilogue(
         a = f
         tl.debug_barrier()
         tl.store(dh_ptr + at_h, (d_scaled * df).to(element), mask=mask)
-    tl.store(a_ptr + rows * I + o_n[None, :], (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=mask)
+    tl.store(a_ptr + o_m * I + o_n[None, :], (a * s[:, None]).to(a_ptr.dtype.element_ty), mask=mask)
     return tl.sum(d_a * a, axis=1)  # columns past I are zero in a
 
 
@@ -98,7 +96,6 @@ def d_activation_kernel(
     GROUP_M: tl.constexpr,
 ):
     num_n_tiles = tl.cdiv(I, BLOCK_N)
-    N = 2 * I if GATED else I
     for tile in range(tl.program_id(0), num_m_tiles * num_n_tiles, tl.num_programs(0)):
         i_m, i_n = tile_position(tile, num_m_tiles, num_n_tiles, GROUP_M)
         expert = tl.load(tiles_ptr + i_m)
@@ -121,28 +118,25 @@ def d_activation_kernel(
                 d_a = tl.dot(d_out, w, d_a, input_precision=PRECISION)
 
             m_m = o_m < end
-            rows = o_m.to(tl.int64)[:, None]
             s = tl.load(weights_ptr + slots).to(tl.float32)
+            tensors = (h_ptr, dh_ptr, a_ptr)
+            rows = (o_m, m_m, s)
+            PART: tl.constexpr = BLOCK_N // SUBTILES
             if SUBTILES == 1:
-                d_s = _epilogue(d_a, n, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, BLOCK_N)
+                d_s = _epilogue(d_a, n, tensors, rows, I, ACTIVATION, GATED, PART)
             else:
-                HALF: tl.constexpr = BLOCK_N // 2
                 left, right = halves(d_a, BLOCK_M, BLOCK_N)
                 if SUBTILES == 2:
-                    d_s = _epilogue(left, n, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, HALF)
-                    d_s += _epilogue(right, n + HALF, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, HALF)
+                    d_s = _epilogue(left, n, tensors, rows, I, ACTIVATION, GATED, PART)
+                    d_s += _epilogue(right, n + PART, tensors, rows, I, ACTIVATION, GATED, PART)
                 else:
                     tl.static_assert(SUBTILES == 4, "SUBTILES is 1, 2 or 4")
-                    QUARTER: tl.constexpr = BLOCK_N // 4
-                    q0, q1 = halves(left, BLOCK_M, HALF)
-                    q2, q3 = halves(right, BLOCK_M, HALF)
-                    d_s = _epilogue(q0, n, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, QUARTER)
-                    n += QUARTER
-                    d_s += _epilogue(q1, n, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, QUARTER)
-                    n += QUARTER
-                    d_s += _epilogue(q2, n, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, QUARTER)
-                    n += QUARTER
-                    d_s += _epilogue(q3, n, h_ptr, dh_ptr, a_ptr, rows, m_m, s, N, I, ACTIVATION, GATED, QUARTER)
+                    q0, q1 = halves(left, BLOCK_M, BLOCK_N // 2)
+                    q2, q3 = halves(right, BLOCK_M, BLOCK_N // 2)
+                    d_s = _epilogue(q0, n, tensors, rows, I, ACTIVATION, GATED, PART)
+                    d_s += _epilogue(q1, n + PART, tensors, rows, I, ACTIVATION, GATED, PART)
+                    d_s += _epilogue(q2, n + 2 * PART, tensors, rows, I, ACTIVATION, GATED, PART)
+                    d_s += _epilogue(q3, n + 3 * PART, tensors, rows, I, ACTIVATION, GATED, PART)
             tl.store(partial_ptr + i_n.to(tl.int64) * num_slots + slots, d_s, mask=m_m)
 
 
@@ -206,6 +200,7 @@ def d_activation(
             },
             config.num_warps,
             config.num_stages,
+            config.max_registers,
         ),
     )
     return a_RI, partial[0] if num_n_tiles == 1 else partial.sum(0)

@@ -22,9 +22,10 @@ from moe_kernels.backends.triton._launch import (
     launch,
     matrix_descriptor,
     num_sms,
+    parts_descriptor,
     rows_contiguous,
 )
-from moe_kernels.backends.triton._tile import tile_position, weight_tile
+from moe_kernels.backends.triton._tile import store_rows, tile_position, weight_tile
 from moe_kernels.backends.triton.configs import tiles
 
 _GATED = ("swiglu", "geglu", "geglu_tanh")
@@ -35,7 +36,9 @@ def gate_up_kernel(
     x_ptr,
     w_desc,
     bias_ptr,
+    h_desc,
     h_ptr,
+    a_desc,
     a_ptr,
     offsets_ptr,
     slots_ptr,
@@ -59,7 +62,7 @@ def gate_up_kernel(
     GROUP_M: tl.constexpr,
 ):
     num_n_tiles = tl.cdiv(I, BLOCK_N)
-    N = 2 * I if GATED else I
+    PARTS: tl.constexpr = 2 if GATED else 1
     for tile in range(tl.program_id(0), num_m_tiles * num_n_tiles, tl.num_programs(0)):
         i_m, i_n = tile_position(tile, num_m_tiles, num_n_tiles, GROUP_M)
         expert = tl.load(tiles_ptr + i_m)
@@ -86,24 +89,21 @@ def gate_up_kernel(
                     w_up = weight_tile(w_desc, expert, I + n, k, BLOCK_N, BLOCK_K, N_MAJOR)
                     up = tl.dot(x, w_up, up, input_precision=PRECISION)
 
-            o_n = n + tl.arange(0, BLOCK_N)
-            m_n = o_n < I
             if HAS_BIAS:
-                p_bias = bias_ptr + expert.to(tl.int64) * N + o_n
+                o_n = n + tl.arange(0, BLOCK_N)
+                m_n = o_n < I
+                p_bias = bias_ptr + expert.to(tl.int64) * (PARTS * I) + o_n
                 gate += tl.load(p_bias, mask=m_n, other=0.0).to(tl.float32)[None, :]
                 if GATED:
                     up += tl.load(p_bias + I, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            mask = (o_m < end)[:, None] & m_n[None, :]
-            rows = o_m.to(tl.int64)[:, None]
             if STORE_H:
-                p_h = h_ptr + rows * N + o_n[None, :]
-                tl.store(p_h, gate.to(h_ptr.dtype.element_ty), mask=mask)
+                store_rows(h_desc, h_ptr, gate, first, end, 0, n, PARTS, I, BLOCK_M, BLOCK_N)
                 if GATED:
-                    tl.store(p_h + I, up.to(h_ptr.dtype.element_ty), mask=mask)
+                    store_rows(h_desc, h_ptr, up, first, end, 1, n, PARTS, I, BLOCK_M, BLOCK_N)
             if STORE_A:
                 f, _ = nonlinearity(gate, ACTIVATION)
                 a = f * up if GATED else f
-                tl.store(a_ptr + rows * I + o_n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+                store_rows(a_desc, a_ptr, a, first, end, 0, n, 1, I, BLOCK_M, BLOCK_N)
 
 
 def gate_up(
@@ -139,7 +139,9 @@ def gate_up(
                 "x_ptr": x_TD,
                 "w_desc": w_desc,
                 "bias_ptr": x_TD if bias_EN is None else bias_EN.contiguous(),
+                "h_desc": parts_descriptor(h_RN, 2 if gated else 1, block_m, config.block_n) if store_h else None,
                 "h_ptr": h_RN if store_h else x_TD,
+                "a_desc": parts_descriptor(a_RI, 1, block_m, config.block_n) if store_a else None,
                 "a_ptr": a_RI if store_a else x_TD,
                 "offsets_ptr": offsets_E1,
                 "slots_ptr": slots_R,
@@ -166,6 +168,7 @@ def gate_up(
             },
             config.num_warps,
             config.num_stages,
+            config.max_registers,
         ),
     )
     return h_RN, a_RI

@@ -19,9 +19,10 @@ from moe_kernels.backends.triton._launch import (
     launch,
     matrix_descriptor,
     num_sms,
+    parts_descriptor,
     row_descriptor,
 )
-from moe_kernels.backends.triton._tile import tile_position, weight_tile
+from moe_kernels.backends.triton._tile import store_rows, tile_position, weight_tile
 from moe_kernels.backends.triton.configs import tiles
 
 
@@ -30,6 +31,7 @@ def grouped_gemm_kernel(
     a_desc,
     w_desc,
     bias_ptr,
+    y_desc,
     y_ptr,
     offsets_ptr,
     tiles_ptr,
@@ -60,14 +62,11 @@ def grouped_gemm_kernel(
                 w = weight_tile(w_desc, expert, n, k, BLOCK_N, BLOCK_K, N_MAJOR)
                 acc = tl.dot(a, w, acc, input_precision=PRECISION)
 
-            o_m = first + tl.arange(0, BLOCK_M)
-            o_n = n + tl.arange(0, BLOCK_N)
-            m_n = o_n < N
             if HAS_BIAS:
+                o_n = n + tl.arange(0, BLOCK_N)
                 p_bias = bias_ptr + expert.to(tl.int64) * stride_bias + o_n
-                acc += tl.load(p_bias, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            p_y = y_ptr + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-            tl.store(p_y, acc.to(y_ptr.dtype.element_ty), mask=(o_m < end)[:, None] & m_n[None, :])
+                acc += tl.load(p_bias, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+            store_rows(y_desc, y_ptr, acc, first, end, 0, n, 1, N, BLOCK_M, BLOCK_N)
 
 
 def grouped_gemm(
@@ -91,6 +90,7 @@ def grouped_gemm(
                 "a_desc": row_descriptor(a_RC, block_m, config.block_k),
                 "w_desc": w_desc,
                 "bias_ptr": bias_EN,
+                "y_desc": parts_descriptor(y_RN, 1, block_m, config.block_n),
                 "y_ptr": y_RN,
                 "offsets_ptr": offsets_E1,
                 "tiles_ptr": tiles_2M,
@@ -110,6 +110,7 @@ def grouped_gemm(
             },
             config.num_warps,
             config.num_stages,
+            config.max_registers,
         ),
     )
     return y_RN

@@ -169,6 +169,7 @@ def grouped_wgrad(
             },
             config.num_warps,
             config.num_stages,
+            config.max_registers,
         ),
     )
     return dw_EMN, db_EM
