@@ -4,18 +4,27 @@
 ``moe_kernels.functional`` and ``moe_kernels.modules``.
 """
 
-from moe_kernels.backends import use_backend
+import importlib
+
 from moe_kernels.version import __version__
 
 __all__ = ["__version__", "disable", "enable", "patch", "report", "use_backend"]
 
-_HUGGING_FACE = ("disable", "enable", "patch", "report")
+#: Where each public name lives. Imported at first use: torch takes a second, Transformers several.
+_HOME = {
+    "disable": "moe_kernels.integrations.transformers",
+    "enable": "moe_kernels.integrations.transformers",
+    "patch": "moe_kernels.integrations.transformers",
+    "report": "moe_kernels.integrations.transformers",
+    "use_backend": "moe_kernels.backends",
+}
 
 
 def __getattr__(name: str):
-    # Transformers takes seconds to import: users of the plain ops don't pay for it.
-    if name in _HUGGING_FACE:
-        from moe_kernels.integrations import transformers
-
-        return getattr(transformers, name)
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module 'moe_kernels' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -28,6 +28,14 @@ def weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
+def load_columns(p_rows, columns, width, EVEN: tl.constexpr):
+    """Columns of the rows at p_rows [rows, 1]; zeros past the width, which EVEN rules out."""
+    if EVEN:
+        return tl.load(p_rows + columns[None, :])
+    return tl.load(p_rows + columns[None, :], mask=(columns < width)[None, :], other=0.0)
+
+
+@triton.jit
 def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Left and right half of the columns."""
     return tl.split(tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))

@@ -26,7 +26,7 @@ from moe_kernels.backends.triton._launch import (
     num_sms,
     rows_contiguous,
 )
-from moe_kernels.backends.triton._tile import halves, tile_position, weight_tile
+from moe_kernels.backends.triton._tile import halves, load_columns, tile_position, weight_tile
 from moe_kernels.backends.triton.configs import tiles
 
 
@@ -110,10 +110,7 @@ def d_activation_kernel(
 
             d_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k in range(0, D, BLOCK_K):
-                if EVEN_D:
-                    d_out = tl.load(p_d_out + (k + o_k)[None, :])
-                else:
-                    d_out = tl.load(p_d_out + (k + o_k)[None, :], mask=(k + o_k)[None, :] < D, other=0.0)
+                d_out = load_columns(p_d_out, k + o_k, D, EVEN_D)
                 w = weight_tile(w_desc, expert, n, k, BLOCK_N, BLOCK_K, N_MAJOR)
                 d_a = tl.dot(d_out, w, d_a, input_precision=PRECISION)
 

@@ -25,7 +25,7 @@ from moe_kernels.backends.triton._launch import (
     parts_descriptor,
     rows_contiguous,
 )
-from moe_kernels.backends.triton._tile import store_rows, tile_position, weight_tile
+from moe_kernels.backends.triton._tile import load_columns, store_rows, tile_position, weight_tile
 from moe_kernels.backends.triton.configs import tiles
 
 _GATED = ("swiglu", "geglu", "geglu_tanh")
@@ -79,10 +79,7 @@ def gate_up_kernel(
             gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k in range(0, D, BLOCK_K):
-                if EVEN_D:
-                    x = tl.load(p_x + (k + o_k)[None, :])
-                else:
-                    x = tl.load(p_x + (k + o_k)[None, :], mask=(k + o_k)[None, :] < D, other=0.0)
+                x = load_columns(p_x, k + o_k, D, EVEN_D)
                 w_gate = weight_tile(w_desc, expert, n, k, BLOCK_N, BLOCK_K, N_MAJOR)
                 gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
                 if GATED:

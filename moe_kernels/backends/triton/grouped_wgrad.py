@@ -24,17 +24,14 @@ from moe_kernels.backends.triton._launch import (
     row_descriptor,
     rows_contiguous,
 )
-from moe_kernels.backends.triton._tile import tile_position
+from moe_kernels.backends.triton._tile import load_columns, tile_position
 from moe_kernels.backends.triton.configs import tiles
 
 
 @triton.jit
 def _gathered(ptr, slots_ptr, o_r, last, columns, width, stride, TOP_K: tl.constexpr, EVEN: tl.constexpr):
     tokens = tl.load(slots_ptr + tl.minimum(o_r, last)) // TOP_K
-    p = ptr + tokens.to(tl.int64)[:, None] * stride + columns[None, :]
-    if EVEN:
-        return tl.load(p)
-    return tl.load(p, mask=(columns < width)[None, :], other=0.0)
+    return load_columns(ptr + tokens.to(tl.int64)[:, None] * stride, columns, width, EVEN)
 
 
 @triton.jit
