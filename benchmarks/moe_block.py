@@ -154,7 +154,7 @@ def main() -> int:
         "matmul_tflops": round(matmul_rate() / 1e12, 1),
         "shapes": {},
     }
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log should not fold the table
     for name in track(args.shape or ["qwen3-30b"], description="shapes", console=console):
         results["shapes"][name] = run_shape(SHAPES[name], bytes_per_second)
         torch.cuda.empty_cache()
