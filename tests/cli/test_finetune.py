@@ -231,6 +231,8 @@ def test_interrupted_run_leaves_nothing(tmp_path, how):
         env=environment(),
         stderr=subprocess.PIPE,
         text=True,
+        # Shells start background jobs with SIGINT ignored, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
