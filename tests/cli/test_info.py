@@ -20,7 +20,8 @@ def run(*arguments, **environment):
 def test_table_names_versions_and_every_op():
     done = run("info")
     assert done.returncode == (0 if torch.cuda.is_available() else 1), done.stderr
-    for word in ("torch", torch.__version__.partition("+")[0], "triton", "transformers", "GPU", "CUDA extension", *backends.OPS):
+    torch_version = torch.__version__.partition("+")[0]
+    for word in ("torch", torch_version, "triton", "transformers", "GPU", "CUDA extension", *backends.OPS):
         assert word in done.stdout
     assert done.stderr == ""
 
