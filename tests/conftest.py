@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HAS_CUDA = torch.cuda.is_available()
@@ -151,19 +152,29 @@ def poison(monkeypatch):
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts calls of ``torch.ops.moe_kernels.*`` and keeps the dtypes of their tensors."""
+    """Counts calls of ``torch.ops.moe_kernels.*``, keeps the dtypes of their tensors and the shape of what comes back
+    (of the first tensor, where there are more)."""
 
     def __init__(self):
         super().__init__()
         self.calls = collections.Counter()
         self.dtypes = collections.defaultdict(list)
+        self.shapes = collections.defaultdict(list)
+
+    @classmethod
+    def supports_higher_order_operators(cls):
+        return True  # compiled code wraps an op that writes into an argument: auto_functionalized_v2(op, ...)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "moe_kernels":
-            name = function.__name__.partition(".")[0]
+        op = args[0] if isinstance(function, HigherOrderOperator) and args else function
+        result = function(*args, **(kwargs or {}))
+        if getattr(op, "namespace", None) == "moe_kernels":
+            name = op.__name__.partition(".")[0]
             self.calls[name] += 1
             self.dtypes[name].append([a.dtype for a in args if isinstance(a, torch.Tensor)])
-        return function(*args, **(kwargs or {}))
+            first = result[0] if isinstance(result, (tuple, list)) else result
+            self.shapes[name].append(None if first is None else list(first.shape))
+        return result
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_kernels import backends, use_backend
-from moe_kernels.functional import grouped_gemm, moe_experts, routing_plan, topk_route
+from moe_kernels.functional import grouped_gemm, moe_experts, permute, routing_plan, topk_route, unpermute
 from tests.helpers import Case, Problem, op_arguments
 
 CASE = Case(6, 2, 4, 16, 8, block_m=16)
@@ -63,11 +63,33 @@ def meta(tensor):
     return tensor.to("meta")
 
 
-def becomes(value):
+def first(tensor):
+    """Its first element alone."""
+    return tensor[:1]
+
+
+def fewer_rows(tensor):
+    return tensor[:-1]
+
+
+def more_rows(tensor):
+    return torch.cat([tensor, tensor[:1]])
+
+
+def one_more_tile(tiles):
+    """Of another plan: every tile is valid in itself, there is one too many."""
+    return torch.nn.functional.pad(tiles, (0, 1))
+
+
+def one_tile_fewer(tiles):
+    return tiles[:, :-1].contiguous()
+
+
+def becomes(value, name=None):
     def replace(_):
         return value
 
-    replace.__name__ = repr(value)
+    replace.__name__ = name or repr(value)
     return replace
 
 
@@ -82,20 +104,30 @@ BROKEN = [
     ("routing_plan", "block_m", becomes(512), "a power of two from 16 to 128"),
     ("topk_route", "logits", longs, "float32"),
     ("topk_route", "logits", flat, r"\[T, E\]"),
-    ("topk_route", "selection_bias", becomes(torch.zeros(3)), r"of shape \[4\]"),
+    ("topk_route", "selection_bias", becomes(torch.zeros(3), "three"), "of size 4 in dimension 0"),
+    ("topk_route", "selection_bias", becomes(torch.zeros(4, 1), "column"), r"\[E\]"),
+    ("topk_route", "selection_bias", becomes(torch.zeros(4, dtype=torch.int64), "longs"), "float32"),
+    ("topk_route", "selection_bias", becomes(torch.zeros(4, dtype=torch.bool), "bools"), "float32"),
+    ("topk_route", "selection_bias", becomes(torch.zeros(4, device="meta"), "meta"), "on cpu like logits"),
     ("topk_route", "top_k", becomes(0), "from 1 to the number of experts 4"),
     ("topk_route", "top_k", becomes(5), "from 1 to the number of experts 4"),
     ("topk_route", "scoring", becomes("tanh"), "softmax, sigmoid"),
     ("topk_route", "num_groups", becomes(3), "a divisor of the number of experts 4"),
     ("topk_route", "top_groups", becomes(2), "from 1 to num_groups 1"),
     ("permute", "x", flat, r"\[T, D\]"),
-    ("permute", "weights", one_more, "T of x"),
+    ("permute", "weights", one_more, r"of shape \[6, 2\]"),
+    ("permute", "weights", meta, "on cpu like x"),
+    ("permute", "weights", longs, "float32"),
+    ("permute", "offsets", first, "at least 2 elements"),
     ("permute", "offsets", longs, "int32"),
     ("permute", "slots", one_more, r"R = T \* top_k"),
     ("permute", "slots", meta, "on cpu"),
     ("unpermute", "y", one_more, r"R = T \* K of positions"),
     ("unpermute", "positions", longs, "int32"),
-    ("unpermute", "weights", one_more, "shaped like positions"),
+    ("unpermute", "y", fewer_rows, r"R = T \* K of positions"),
+    ("unpermute", "weights", one_more, r"of shape \[6, 2\]"),
+    ("unpermute", "weights", meta, "on cpu like y"),
+    ("unpermute", "weights", longs, "float32"),
     ("gate_up", "x", longs, "float32"),
     ("gate_up", "x", flat, r"\[T, D\]"),
     ("gate_up", "w_gate_up", half, "torch.float32 like x"),
@@ -108,6 +140,9 @@ BROKEN = [
     ("gate_up", "slots", one_more, r"R = T \* top_k"),
     ("gate_up", "tiles", flat, r"\[2, M\]"),
     ("gate_up", "tiles", lambda tiles: tiles.T.contiguous().T, "contiguous"),
+    ("gate_up", "tiles", one_more_tile, "12 rows by 16"),
+    ("gate_up", "tiles", one_tile_fewer, "12 rows by 16"),
+    ("gate_up", "tiles", meta, "on cpu"),
     ("gate_up", "block_m", becomes(17), "a power of two"),
     ("gate_up", "activation", becomes("swish"), "one of swiglu"),
     ("gate_up", "store_h", becomes("both"), "true for at least one output"),
@@ -116,22 +151,33 @@ BROKEN = [
     ("grouped_gemm", "w", half, "torch.float32 like a"),
     ("grouped_gemm", "bias", one_more, r"of shape \[4, 16\]"),
     ("grouped_gemm", "offsets", one_more, r"E \+ 1"),
+    ("grouped_gemm", "tiles", one_more_tile, "12 rows by 16"),
+    ("grouped_gemm", "tiles", one_tile_fewer, "12 rows by 16"),
     ("d_activation", "d_out", flat, r"\[T, D\]"),
     ("d_activation", "w_down", half, "torch.float32 like d_out"),
     ("d_activation", "h", lambda h: h.T.contiguous().T, "contiguous"),
     ("d_activation", "h", lambda h: h[:, :8].contiguous(), "swiglu turns into I = 8"),
-    ("d_activation", "weights", one_more, "T of d_out"),
+    ("d_activation", "h", fewer_rows, "R"),
+    ("d_activation", "weights", one_more, r"of shape \[6, 3\]"),
+    ("d_activation", "weights", meta, "on cpu like d_out"),
+    ("d_activation", "weights", longs, "float32"),
     ("d_activation", "slots", one_more, "R of h"),
+    ("d_activation", "tiles", one_more_tile, "12 rows by 16"),
+    ("d_activation", "tiles", one_tile_fewer, "12 rows by 16"),
     ("d_activation", "activation", becomes("relu"), "one of swiglu"),
     ("grouped_wgrad", "rhs", half, "torch.float32 like lhs"),
     ("grouped_wgrad", "lhs", one_more, "it is gathered"),
     ("grouped_wgrad", "rhs", one_more, "it is not gathered"),
+    ("grouped_wgrad", "offsets", first, "at least 2 elements"),
+    ("grouped_wgrad", "offsets", longs, "int32"),
     ("grouped_wgrad", "gather", becomes("both"), "none, lhs, rhs"),
     ("grouped_wgrad", "out_dtype", becomes(torch.int32), "floating"),
     ("combine", "out", one_more, "T of positions"),
     ("combine", "y", half, "torch.float32 like out"),
     ("combine", "positions", longs, "int32"),
-    ("combine", "weights", one_more, "shaped like positions"),
+    ("combine", "weights", one_more, r"of shape \[6, 2\]"),
+    ("combine", "weights", meta, "on cpu like y"),
+    ("combine", "weights", longs, "float32"),
     ("combine", "residual", one_more, "shaped like out"),
     ("combine", "residual", meta, "on cpu like out"),
 ]  # fmt: skip
@@ -156,6 +202,32 @@ def test_op_contract(op, argument, broken, accepted):
         assert str(list(arguments[at].shape)) in message, "the message says what came"
 
 
+#: More rows than a tile, so that another block_m means another number of tiles
+TALL = Problem(Case(24, 2, 4, 16, 8, block_m=32))
+
+
+@pytest.mark.parametrize("op", ["gate_up", "grouped_gemm", "d_activation", "d_activation_"])
+def test_tiles_of_another_block_m(op):
+    """Tiles start where a plan of 32 rows puts them: walked 16 at a time, half of the rows would be left out."""
+    arguments = list(op_arguments(op, TALL))
+    arguments[ARGUMENTS[op.rstrip("_")].index("block_m")] = 16
+    name = op.rstrip("_")
+    with pytest.raises(ValueError, match=rf"^{name}: tiles must be of size 7 in dimension 1 \(48 rows by 16\), got "):
+        getattr(torch.ops.moe_kernels, op)(*arguments)
+
+
+@pytest.mark.parametrize("op", ["gate_up", "grouped_gemm", "d_activation", "d_activation_"])
+@pytest.mark.parametrize("rows", [16, 64], ids=["fewer", "more"])
+def test_tiles_of_another_number_of_rows(op, rows):
+    """Kernels take the rows that the tiles name without another look: memory past the end would be read and written."""
+    other = op_arguments(op, Problem(TALL.case._replace(T=rows // TALL.case.K)))
+    arguments, name = list(op_arguments(op, TALL)), op.rstrip("_")
+    at = ARGUMENTS[name].index("tiles")
+    arguments[at] = other[at]
+    with pytest.raises(ValueError, match=rf"^{name}: tiles must be .*\(48 rows by 32\), got "):
+        getattr(torch.ops.moe_kernels, op)(*arguments)
+
+
 # The functions users call
 
 CALL = {
@@ -174,11 +246,12 @@ EXPERTS = [
     ({"activation": "relu2"}, ValueError, r"w_down must be .*to match w_gate_up and relu2, got .*\[4, 16, 8\]"),
     ({"recompute": "all"}, ValueError, "recompute must be None or \"pre_activation\", got 'all'"),
     ({"plan": P.indices}, TypeError, "plan must be a RoutingPlan from routing_plan"),
-    ({"x_TD": P.x[None]}, ValueError, r"x must be 2-dimensional, \[T, D\], got .*\[1, 6, 16\]"),
+    ({"plan": tuple(P.plan)}, TypeError, "plan must be a RoutingPlan from routing_plan"),
+    ({"x_TD": P.x[None]}, ValueError, r"x must be 2-dimensional, \[T, D\], .*got .*\[1, 6, 16\]"),
     ({"x_TD": P.x.half()}, TypeError, "w_gate_up must be torch.float16 like x.*got a float32 tensor"),
     ({"x_TD": P.x.long()}, TypeError, "must be"),
     ({"x_TD": P.x[:, :8]}, ValueError, r"w_gate_up must be of size 8 in dimension 2 \(D of x\)"),
-    ({"x_TD": P.x[:3]}, ValueError, r"slots must be of size 6 .*R = T \* top_k"),
+    ({"x_TD": P.x[:3]}, ValueError, r"x must be of 6 tokens, as the plan is for, got .*\[3, 16\]"),
     ({"routing_weights_TK": P.weights[:, :1]}, ValueError, r"routing_weights must be shaped like .*\[6, 2\]"),
     ({"routing_weights_TK": P.weights.to("meta")}, ValueError, "routing_weights must be on cpu like x.*on meta"),
     ({"w_gate_up_E2ID": P.w_gate_up[0]}, ValueError, "w_gate_up.* must be 3-dimensional"),
@@ -187,8 +260,28 @@ EXPERTS = [
     ({"w_down_EDI": P.w_down.to("meta")}, ValueError, "w_down must be on cpu like x"),
     ({"bias_gate_up_E2I": P.bias_down[:, :3]}, ValueError, r"bias_gate_up must be of shape \[4, 16\]"),
     ({"bias_down_ED": P.bias_down[:, :3]}, ValueError, r"bias_down must be of shape \[4, 16\]"),
-    ({"plan": routing_plan(P.indices, 5)}, ValueError, r"offsets must be of size 5 .*E of the weights"),
+    (
+        {"plan": routing_plan(P.indices, 5)},
+        ValueError,
+        r"w_gate_up must be of 5 experts, as the plan is for, got .*\[4, ",
+    ),
+    ({"w_gate_up_E2ID": None}, TypeError, "w_gate_up must be a tensor, got None"),
+    ({"w_down_EDI": [[0.0]]}, TypeError, "w_down must be a tensor, got"),
+    ({"x_TD": None}, TypeError, "x must be a tensor, got None"),
+    ({"x_TD": P.x[:, :0], "w_gate_up_E2ID": P.w_gate_up[..., :0]}, ValueError, "x must be .*got"),
+    ({"w_gate_up_E2ID": P.w_gate_up[..., :0]}, ValueError, "w_gate_up must be .*got"),
+    ({"w_gate_up_E2ID": P.w_gate_up[:, :0], "w_down_EDI": P.w_down[..., :0]}, ValueError, "w_gate_up must be .*got"),
+    ({"w_down_EDI": P.w_down[..., :0]}, ValueError, "w_down must be .*got"),
+    ({"w_gate_up_E2ID": P.w_gate_up[:0], "w_down_EDI": P.w_down[:0]}, ValueError, "w_gate_up must be .*got"),
+    ({"bias_gate_up_E2I": P.bias_gate_up.to("meta")}, ValueError, "bias_gate_up must be on cpu like x.*on meta"),
+    ({"bias_down_ED": P.bias_down.to("meta")}, ValueError, "bias_down must be on cpu like x.*on meta"),
+    ({"bias_gate_up_E2I": P.bias_gate_up.half()}, TypeError, "bias_gate_up must be torch.float32 like"),
+    ({"bias_down_ED": P.bias_down.half()}, TypeError, "bias_down must be torch.float32 like"),
 ]
+
+#: argument of moe_experts -> its name in messages
+TENSORS = {name: name.rpartition("_")[0] for name in CALL if name != "plan"}
+AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 
 
 @pytest.mark.parametrize(
@@ -197,6 +290,70 @@ EXPERTS = [
 def test_moe_experts(changed, error, message):
     with pytest.raises(error, match=message):
         moe_experts(**(CALL | changed))
+
+
+def autocast_to_bf16(enabled):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+@AUTOCAST
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("argument", TENSORS)
+def test_moe_experts_takes_floats_only(argument, dtype, autocast):
+    """Autocast casts what it is given: integers and quantised values without their scales would pass in silence."""
+    with autocast_to_bf16(autocast), pytest.raises(TypeError, match=rf"{TENSORS[argument]} must be float32.*, got "):
+        moe_experts(**(CALL | {argument: CALL[argument].to(dtype)}))
+
+
+@AUTOCAST
+@pytest.mark.parametrize("argument", ["bias_gate_up_E2I", "bias_down_ED"])
+def test_a_bias_is_of_its_weights_dtype(argument, autocast):
+    """Its gradient comes in the dtype of the weight's."""
+    message = rf"{TENSORS[argument]} must be torch.float32 like .*, got a bfloat16"
+    with autocast_to_bf16(autocast), pytest.raises(TypeError, match=message):
+        moe_experts(**(CALL | {argument: CALL[argument].bfloat16()}))
+
+
+@pytest.mark.parametrize("rows", [fewer_rows, more_rows], ids=["fewer", "more"])
+@pytest.mark.parametrize(
+    "function,tensor,name", [(grouped_gemm, P.a, "a"), (unpermute, P.y, "y")], ids=["grouped_gemm", "unpermute"]
+)
+def test_rows_that_are_not_the_plans(function, tensor, name, rows):
+    arguments = (rows(tensor), P.w_down, P.plan) if function is grouped_gemm else (rows(tensor), P.plan)
+    with pytest.raises(ValueError, match=rf"{function.__name__}: {name} must be of size 12 in dimension 0 .*, got "):
+        function(*arguments)
+
+
+def test_a_plan_with_another_block_m():
+    plan = TALL.plan._replace(block_m=16)
+    with pytest.raises(ValueError, match="grouped_gemm: tiles must be of size 7 in dimension 1"):
+        grouped_gemm(TALL.a, TALL.w_down, plan)
+    with pytest.raises(ValueError, match="gate_up: tiles must be of size 7 in dimension 1"):
+        moe_experts(TALL.x, TALL.weights, plan, TALL.w_gate_up, TALL.w_down)
+
+
+@pytest.mark.parametrize(
+    "call,argument,got",
+    [
+        (lambda: routing_plan([[0, 1]], 4), "expert_indices", "list"),
+        (lambda: routing_plan(P.indices, 4.0), "num_experts", "4.0"),
+        (lambda: permute(P.x, tuple(P.plan)), "plan", "tuple"),
+        (lambda: permute(P.x, None), "plan", "NoneType"),
+        (lambda: unpermute(P.y, P.indices), "plan", "Tensor"),
+        (lambda: grouped_gemm(P.a, P.w_down, "x"), "plan", "str"),
+    ],
+    ids=[
+        "routing_plan-list",
+        "routing_plan-float",
+        "permute-tuple",
+        "permute-None",
+        "unpermute-indices",
+        "grouped_gemm-str",
+    ],
+)
+def test_of_another_type(call, argument, got):
+    with pytest.raises(TypeError, match=rf"\b{argument} must be .*, got {got}"):
+        call()
 
 
 def test_meta_tensors_run_the_contract_alone():

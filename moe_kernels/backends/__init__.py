@@ -14,7 +14,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -70,16 +70,20 @@ def forced_backend() -> str | None:
     return name
 
 
-@contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend for every op inside the block, process-wide, e.g. ``with use_backend("reference"):``.
+def use_backend(name: str | None) -> AbstractContextManager[None]:
+    """Force a backend for every op inside a block, process-wide: ``with use_backend("reference"):``.
 
     Forcing "cuda" takes it for the ops it implements and picks freely for the others. An op that the forced backend
     implements but can't run on its inputs raises RuntimeError with the reason. None lifts an outer ``use_backend``.
     """
-    global _forced
     if name is not None and name not in ORDER:
         raise ValueError(f"use_backend: name must be one of {', '.join(ORDER)} or None, got {name!r}")
+    return _forcing(name)
+
+
+@contextmanager
+def _forcing(name: str | None) -> Iterator[None]:
+    global _forced
     before, _forced = _forced, name
     try:
         yield

@@ -20,6 +20,12 @@ class RunError(Exception):
     """The work itself broke down: one line, exit code 1."""
 
 
+def first_line(error: Exception) -> str:
+    """One line of what ``error`` says; its kind where it says nothing."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
+
+
 def require(command: str, *packages: str) -> None:
     """Refuse with the name of the extra when one of ``packages`` isn't installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]

@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_kernels.cli import UsageError
+from moe_kernels.cli import UsageError, first_line
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 _PIECE = 1 << 16  # characters read at once: the tokenizer's working memory stays small whatever the file's size
@@ -15,8 +15,11 @@ _MOST_HELD_OUT = 32
 
 def check(source: str | None) -> None:
     """Refuse a source that can't be read, before anything slow begins."""
-    if source is None or Path(source).expanduser().exists():
-        return
+    try:
+        if source is None or Path(source).expanduser().exists():
+            return
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown ~user
+        raise UsageError(f"--data: can't look for {source} ({first_line(error)})") from None
     if source.startswith(("/", ".", "~")) or Path(source).suffix in (*TEXT_SUFFIXES, ".jsonl"):
         raise UsageError(f"--data: no such file or directory: {source}")
     try:
@@ -68,7 +71,7 @@ def _files(files: list[Path]) -> Iterator[str | None]:
 
 def _jsonl(path: Path) -> Iterator[str | None]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # some editors put a byte order mark first
             for number, line in enumerate(lines, 1):
                 if line.isspace():
                     continue
@@ -92,16 +95,12 @@ def _dataset(name: str) -> Iterator[str | None]:
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
     except Exception as error:  # the library raises a dozen kinds for "not there" alone
-        raise UsageError(f"--data: can't load the dataset {name} ({_first_line(error)})") from None
+        raise UsageError(f"--data: can't load the dataset {name} ({first_line(error)})") from None
     for row in rows:
         if not isinstance(row.get("text"), str):
             raise UsageError(f'--data: the dataset {name} has no "text" column with strings in it')
         yield row["text"]
         yield None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def sequences(source: str | None, tokenizer, *, seq_len: int, wanted: int, seed: int):
@@ -116,13 +115,14 @@ def sequences(source: str | None, tokenizer, *, seq_len: int, wanted: int, seed:
     import numpy
 
     need = (wanted + _MOST_HELD_OUT) * seq_len
-    parts, count, characters = [], 0, 0
+    parts, count, characters, from_text = [], 0, 0, 0
     for piece in pieces(source, seed):
         if piece is None:
             ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         else:
             ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
             characters += len(piece.strip())
+            from_text += len(ids)
         parts.append(numpy.asarray(ids, dtype=numpy.int32))
         count += len(ids)
         if count >= need:
@@ -130,6 +130,9 @@ def sequences(source: str | None, tokenizer, *, seq_len: int, wanted: int, seed:
     name = source or "Python's standard library"
     if not characters:
         raise UsageError(f"--data: {name} has no text")
+    if not from_text:
+        # What Transformers makes of a checkpoint without tokenizer files: training would see end-of-text alone.
+        raise UsageError("--model: its tokenizer turns text into no tokens (are its files missing?)")
     if count < 2 * seq_len:
         raise UsageError(
             f"--data: {name} gives {count} tokens; --seq-len {seq_len} needs at least {2 * seq_len}, one sequence to "

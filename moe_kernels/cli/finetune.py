@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from moe_kernels.cli import RunError, UsageError, checkpoint, data, machine, require, results
+from moe_kernels.cli import RunError, UsageError, checkpoint, data, first_line, info, machine, require, results
 from moe_kernels.cli.output import SUMMARY, OutputDir
 
 _HERE = Path(__file__).parent
@@ -35,12 +35,13 @@ def run(args: argparse.Namespace) -> int:
     hub_logging.set_verbosity_error()  # it warns at each of its attempts to reach a hub that isn't there
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    gpu = machine.gpu()
+    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if gpu else "float32"
+    _check_backend("cuda" if gpu else "cpu", dtype)
     tokenizer = tiny_model.byte_tokenizer() if model is None else checkpoint.inspect(model, args.seq_len)
     train, held_out = data.sequences(
         args.data, tokenizer, seq_len=args.seq_len, wanted=args.max_steps * args.batch_size, seed=args.seed
     )
-    gpu = machine.gpu()
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if gpu else "float32"
     lr = args.lr or (2e-3 if model is None else 5e-5)
 
     with output:
@@ -88,6 +89,23 @@ def run(args: argparse.Namespace) -> int:
 
     results.show(summary, output.path)
     return 0 if all(check["passed"] for check in summary["checks"].values()) else 1
+
+
+def _check_backend(device: str, dtype: str) -> None:
+    """Refuse a forced backend that can't run here, which would raise in the first step."""
+    import torch
+
+    from moe_kernels import backends
+
+    try:
+        if backends.forced_backend() is None:
+            return
+        for op in backends.OPS:
+            backends.resolve(op, info.problem(op, torch.device(device), getattr(torch, dtype)))
+    except ValueError as error:
+        raise UsageError(error) from None
+    except RuntimeError as error:
+        raise UsageError(f"MOE_KERNELS_BACKEND: {first_line(error)}") from None
 
 
 class _Job:
@@ -139,7 +157,7 @@ class _Job:
 
 
 def _call(command: list[str]) -> int:
-    """Run a child that never outlives us; its exit status."""
+    """Run a child and return its exit status. It is stopped when we are, except by SIGKILL, which leaves it running."""
     environment = dict(os.environ)
     # One GPU: with several in sight the Trainer would switch to DataParallel.
     environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

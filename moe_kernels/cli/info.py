@@ -21,6 +21,14 @@ def run(args: argparse.Namespace) -> int:
     return 0 if facts["accelerated"] else 1
 
 
+def problem(op: str, device, dtype):
+    """What ``op`` asks a backend for on this device."""
+    from moe_kernels import backends
+
+    # The routing plan is integers only: it is asked for without a dtype, as the op itself asks.
+    return backends.Problem(device, None, ()) if op == "routing_plan" else backends.Problem(device, dtype, _WIDTHS)
+
+
 def collect() -> dict:
     import torch
 
@@ -35,12 +43,8 @@ def collect() -> dict:
         raise UsageError(error) from None
     ops = []
     for op in backends.OPS:
-        # The routing plan is integers only: it is asked for without a dtype, as the op itself asks.
-        problem = (
-            backends.Problem(device, None, ()) if op == "routing_plan" else backends.Problem(device, dtype, _WIDTHS)
-        )
         try:
-            choice = backends.resolve(op, problem)
+            choice = backends.resolve(op, problem(op, device, dtype))
             backend, passed_over = choice.backend, dict(choice.passed_over)
         except RuntimeError as error:  # a forced backend that can't run
             backend, passed_over = None, {str(forced): str(error)}
@@ -83,8 +87,24 @@ def show(facts: dict) -> None:
 
     console = Console()
     console.print(about, "", ops, sep="\n")
-    if not facts["accelerated"]:
-        console.print("Nothing is accelerated here: layers inside Hugging Face models run Transformers' own code.")
+    if note := _note(facts):
+        console.print(note, highlight=False)
+
+
+def _note(facts: dict) -> str:
+    """What layers inside Hugging Face models do where kernels don't run."""
+    if any(row["backend"] is None for row in facts["ops"]):
+        return f"The forced backend {facts['forced_backend']} can't run here: layers inside Hugging Face models raise."
+    if facts["accelerated"]:
+        return ""
+    if facts["device"] == "cpu":
+        return (
+            "No op has a kernel on this machine; on a CPU, layers inside Hugging Face models run on the plain-torch "
+            "reference."
+        )
+    if facts["forced_backend"] == "reference":
+        return "The reference is forced: layers inside Hugging Face models run on plain torch."
+    return "Nothing is accelerated here: layers inside Hugging Face models run Transformers' own code."
 
 
 def _gpu_line(gpu: dict | None) -> str:

@@ -28,6 +28,23 @@ def _positive_int(text: str) -> int:
     return value
 
 
+def _seq_len(text: str) -> int:
+    value = _positive_int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"must be at least 2, got {text!r}: each token predicts the next")
+    return value
+
+
+def _name(text: str) -> str:
+    if not text.strip():  # an unset shell variable; as a path it would mean the current directory
+        raise argparse.ArgumentTypeError(f"must name something, got {text!r}")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_name(text))
+
+
 def _seed(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) < 2**32):
         raise argparse.ArgumentTypeError(f"must be an integer from 0 to 2**32 - 1, got {text!r}")
@@ -62,17 +79,23 @@ def parser() -> argparse.ArgumentParser:
         description="Train a MoE model on Hugging Face's Trainer. Without arguments: a small Qwen3-MoE model from "
         "random weights on the source text of Python's standard library, in a few minutes on a CPU.",
     )
-    tune.add_argument("--model", metavar="PATH|ID", help="checkpoint with MoE layers (default: a small built-in model)")
+    tune.add_argument(
+        "--model",
+        metavar="PATH|ID",
+        type=_name,
+        help="checkpoint with MoE layers (default: a small built-in model)",
+    )
     tune.add_argument(
         "--data",
         metavar="PATH|ID",
+        type=_name,
         help='jsonl with a "text" field, a text file, a directory of text files, or a dataset id '
         "(default: Python's standard library)",
     )
-    tune.add_argument("--output-dir", metavar="DIR", type=Path, default=Path("moe-kernels-run"))
+    tune.add_argument("--output-dir", metavar="DIR", type=_path, default=Path("moe-kernels-run"))
     tune.add_argument("--overwrite", action="store_true", help="replace the output of an earlier run")
     tune.add_argument("--max-steps", metavar="N", type=_positive_int, default=400)
-    tune.add_argument("--seq-len", metavar="N", type=_positive_int, default=128)
+    tune.add_argument("--seq-len", metavar="N", type=_seq_len, default=128)
     tune.add_argument("--batch-size", metavar="N", type=_positive_int, default=8)
     tune.add_argument("--lr", metavar="X", type=_positive_float, help="default: 2e-3 built-in model, 5e-5 --model")
     tune.add_argument("--seed", metavar="N", type=_seed, default=0)

@@ -29,7 +29,10 @@ def summarize(*, ours: dict, stock: dict | None, reloaded: dict, tolerance: floa
     summary = {**about, "checks": checks, "runs": runs}
     if stock is not None:
         summary["comparison"] = {
-            "tokens_per_second_ratio": ours["tokens_per_second"] / stock["tokens_per_second"],
+            # A single step is all warm-up: its speed compares nothing.
+            "tokens_per_second_ratio": ours["tokens_per_second"] / stock["tokens_per_second"]
+            if len(ours["losses"]) > 1
+            else None,
             "peak_bytes_ratio": ours["peak_bytes"] / stock["peak_bytes"],
             "last_loss_difference_percent": 100 * (runs["moe_kernels"]["loss_last"] / runs["stock"]["loss_last"] - 1),
         }
@@ -97,7 +100,8 @@ def show(summary: dict, directory: Path) -> None:
     last = comparison and comparison["last_loss_difference_percent"]
     row(f"loss, last {steps}", lambda run: _number(run["loss_last"]), "" if last is None else f"{last:+.3f} %")
     row("held-out loss", lambda run: _number(run["held_out_loss"]))
-    speed = f"{comparison['tokens_per_second_ratio']:.2f}x" if comparison else ""
+    ratio = comparison and comparison["tokens_per_second_ratio"]
+    speed = f"{ratio:.2f}x" if ratio else ""
     row("tokens/s", lambda run: f"{run['tokens_per_second']:,.0f}", speed)
     peak = f"{comparison['peak_bytes_ratio']:.2f}x" if comparison else ""
     row(

@@ -90,9 +90,15 @@ def train(spec: dict) -> dict:
     dtype = getattr(torch, spec["dtype"])
     choice = {} if spec["ours"] else {"experts_implementation": STOCK}
     try:
-        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype, **choice)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            spec["model"], dtype=dtype, output_loading_info=True, **choice
+        )
     except Exception as error:  # unreadable weights come as many kinds of error; all are about --model
-        return {"error": f"--model: can't load {spec['model']} ({str(error).strip().splitlines()[0]})"}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return {"error": f"--model: can't load {spec['model']} ({reason})"}
+    if lacking := not_loaded(loaded):
+        names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        return {"error": f"--model: {spec['model']} lacks {len(lacking)} of the weights the model needs ({names})"}
 
     steps, batch = spec["steps"], spec["batch_size"]
     data = Sequences(spec["train"], steps * batch)
@@ -125,7 +131,7 @@ def train(spec: dict) -> dict:
     finally:
         recorder.progress.stop()
 
-    warm_up = min(10, steps // 4)
+    warm_up = min(10, max(1, steps // 4)) if steps > 1 else 0  # the first step compiles and allocates
     measured = recorder.seconds[warm_up:]
     result = {
         "implementation": "moe_kernels" if spec["ours"] else STOCK,
@@ -145,6 +151,12 @@ def train(spec: dict) -> dict:
     if spec["checkpoint"]:
         model.save_pretrained(spec["checkpoint"])
     return result
+
+
+def not_loaded(loaded: dict) -> list[str]:
+    """Names of the weights that Transformers drew at random. Tied ones, which checkpoints leave out, don't count."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]  # (name, shape, shape)
+    return sorted({*loaded["missing_keys"], *mismatched})
 
 
 def held_out_loss(model, path: str, batch_size: int) -> float:

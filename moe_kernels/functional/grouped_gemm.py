@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.functional.routing_plan import RoutingPlan
+from moe_kernels.functional.routing_plan import RoutingPlan, check_plan, refuse_double_backward
+from moe_kernels.ops import _contract as c
 
 
 class _GroupedGemm(torch.autograd.Function):
@@ -11,11 +12,11 @@ class _GroupedGemm(torch.autograd.Function):
     def forward(ctx, a_RC, w, bias_EN, plan, trans_w):
         ctx.save_for_backward(a_RC, w)
         ctx.plan, ctx.trans_w = plan, trans_w
-        ctx.bias_dtype = None if bias_EN is None else bias_EN.dtype
         return _product(a_RC, w, bias_EN, plan, trans_w)
 
     @staticmethod
     def backward(ctx, d_y_RN):
+        refuse_double_backward("grouped_gemm")
         a_RC, w = ctx.saved_tensors
         plan, d_y_RN = ctx.plan, d_y_RN.contiguous()
         d_a = d_w = d_bias = None
@@ -23,12 +24,23 @@ class _GroupedGemm(torch.autograd.Function):
             d_a = _product(d_y_RN, w, None, plan, not ctx.trans_w)
             past_R = torch.arange(d_a.shape[0], device=d_a.device) >= plan.offsets_E1[-1]
             d_a = d_a.masked_fill_(past_R[:, None], 0)  # rows that no expert owns are not written by the product
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[1]:
             d_w, d_bias = torch.ops.moe_kernels.grouped_wgrad(
-                d_y_RN, a_RC, plan.offsets_E1, plan.slots_R, plan.top_k, "none", ctx.bias_dtype is not None, w.dtype
+                d_y_RN, a_RC, plan.offsets_E1, plan.slots_R, plan.top_k, "none", ctx.needs_input_grad[2], w.dtype
             )
             d_w = d_w if ctx.trans_w else d_w.mT
+        elif ctx.needs_input_grad[2]:
+            d_bias = row_sums(d_y_RN, plan, w.dtype)
         return d_a, d_w, d_bias if ctx.needs_input_grad[2] else None, None, None
+
+
+def row_sums(rows_RN: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
+    """[E, N]: the sum of each expert's rows, as a product with a column of ones (eight, the narrowest)."""
+    ones = rows_RN.new_ones(rows_RN.shape[0], 8)
+    sums, _ = torch.ops.moe_kernels.grouped_wgrad(
+        rows_RN, ones, plan.offsets_E1, plan.slots_R, plan.top_k, "none", False, dtype
+    )
+    return sums[..., 0].contiguous()
 
 
 def _product(a_RC, w, bias_EN, plan, trans_w):
@@ -50,4 +62,7 @@ def grouped_gemm(
         [R, N] in the dtype of ``a_RC``. Rows of dropped slots are not written. Differentiable in ``a_RC``, ``w`` and
         ``bias_EN``.
     """
+    check_plan("grouped_gemm", plan)
+    if a_RC.dim() == 2:
+        c.check_size("grouped_gemm", "a", a_RC, 0, plan.slots_R.shape[0], "R of the plan")
     return _GroupedGemm.apply(a_RC, w, bias_EN, plan, trans_w)

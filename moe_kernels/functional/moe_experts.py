@@ -11,19 +11,21 @@ live X, H, the plan and the routing weights. Source of the algorithm: SonicMoE (
 order and the column chunks are ours. Shape letters: T K R E D I, and N = 2I (gated) or I.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from moe_kernels.functional.routing_plan import RoutingPlan
-from moe_kernels.ops._contract import check_activation, describe, fail, is_gated
+from moe_kernels.functional.grouped_gemm import row_sums
+from moe_kernels.functional.routing_plan import RoutingPlan, check_plan, refuse_double_backward
+from moe_kernels.ops._contract import FLOATS, check_activation, check_device, describe, fail, is_gated
 
 RECOMPUTE = (None, "pre_activation")
 
-#: Y and dX rows may take as much memory as the gradient of w_gate_up, which the step needs anyway while they are gone,
-#: or this much if that is less; beyond it they are made and summed fewer columns at a time.
+#: Y and dX rows may take as much memory as the gradient of w_gate_up would, which never lives beside them, or this
+#: much if that is less; beyond it they are made and summed fewer columns at a time.
 _ROW_BUFFER_BYTES = 64 * 2**20
 _CHUNK_COLUMNS = 256  # chunks are multiples of this: a narrower product would waste the widest tiles
 
@@ -97,7 +99,7 @@ class _GateUp(torch.autograd.Function):
         if not how.store_h:  # H exists for autograd's graph alone: right shape, one element of memory
             h_RN = x_TD.new_empty(1, 1).expand(plan.slots_R.shape[0], w_E2ID.shape[1])
         ctx.save_for_backward(x_TD, w_E2ID, *plan[:4])
-        ctx.block_m, ctx.dtype, ctx.has_bias = plan.block_m, how.dtype, bias_E2I is not None
+        ctx.block_m, ctx.dtype = plan.block_m, how.dtype
         ctx.mark_non_differentiable(a_RI)
         ctx.set_materialize_grads(False)
         return h_RN, a_RI
@@ -110,17 +112,14 @@ class _GateUp(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             inner = w_E2ID.shape[1]
             dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(ctx.dtype), None, None, plan, inner, trans_w=False)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        _, needs_w, needs_bias, *_ = ctx.needs_input_grad
+        if needs_w:
             dw_E2ID, d_bias_E2I = torch.ops.moe_kernels.grouped_wgrad(
-                dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", ctx.has_bias, w_E2ID.dtype
+                dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", needs_bias, w_E2ID.dtype
             )
-        return (
-            dx_TD,
-            dw_E2ID if ctx.needs_input_grad[1] else None,
-            d_bias_E2I if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
+        elif needs_bias:
+            d_bias_E2I = row_sums(dh_RN, plan, w_E2ID.dtype)
+        return dx_TD, dw_E2ID, d_bias_E2I if needs_bias else None, None, None
 
 
 class _Down(torch.autograd.Function):
@@ -140,18 +139,19 @@ class _Down(torch.autograd.Function):
         h_RN, weights_TK, w_EDI, bias_ED, plan, again = _saved(ctx)
         how, d_out_TD = ctx.how, d_out_TD.contiguous()
         needs_h, _, needs_weights, needs_w, needs_bias, *_ = ctx.needs_input_grad
-        dw_EDI = d_weights_TK = d_bias_ED = None
-        if how.recompute:
-            h_RN, _ = _gate_up(*again, plan, how, store_h=True, store_a=False)
-
-        dh_RN, a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI.to(how.dtype), h_RN, weights_TK, plan)
+        dh_RN = dw_EDI = d_weights_TK = d_bias_ED = None
+        if needs_h or needs_weights or needs_w:
+            if how.recompute:
+                h_RN, _ = _gate_up(*again, plan, how, store_h=True, store_a=False)
+            dh_RN, a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI.to(how.dtype), h_RN, weights_TK, plan)
         if needs_w:
             dw_EDI, _ = torch.ops.moe_kernels.grouped_wgrad(
                 d_out_TD, a_scaled_RI, plan.offsets_E1, plan.slots_R, plan.top_k, "lhs", False, w_EDI.dtype
             )
-        if bias_ED is not None:
+        if bias_ED is not None and needs_weights:
             d_weights_TK = d_weights_TK + _down_bias_in_d_weights(d_out_TD, bias_ED, plan)
-            d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan) if needs_bias else None
+        if needs_bias:
+            d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
         return (
             dh_RN if needs_h else None,
             None,
@@ -231,6 +231,9 @@ def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
     if not ctx.how.recompute:
         torch.autograd.graph.increment_version(h_RN)  # autograd itself then refuses a second backward
         ctx.consumed = StorageWeakRef(h_RN.untyped_storage())
+    if torch.is_anomaly_enabled():  # it looks for NaN in all rows, and those of dropped slots are not written
+        past_R = torch.arange(h_RN.shape[0], device=h_RN.device) >= plan.offsets_E1[-1]
+        h_RN.masked_fill_(past_R[:, None], 0)
     return h_RN, a_scaled_RI, d_weights_TK
 
 
@@ -240,8 +243,7 @@ def _saved(ctx):
     Autograd notices by H's version. Saved-tensor hooks that hand back the very same memory get past it, so the storage
     is compared too; a copy (offload) or a recomputed H (checkpointing) is another storage and passes.
     """
-    if torch.is_grad_enabled():
-        raise RuntimeError("moe_experts: double backward (create_graph=True) is not supported")
+    refuse_double_backward("moe_experts")
     try:
         h_RN, weights_TK, w_EDI, bias_ED, *rest = ctx.saved_tensors
     except RuntimeError as error:
@@ -269,7 +271,8 @@ def _expert_TK(plan: RoutingPlan) -> Tensor:
 def _down_bias_in_d_weights(d_out_TD, bias_ED, plan) -> Tensor:
     """<dO[t], b[e]> for each slot: the bias is part of what the routing weight multiplies."""
     acc = torch.promote_types(d_out_TD.dtype, torch.float32)
-    dots_TE = d_out_TD.to(acc) @ bias_ED.to(acc).T
+    with _without_autocast(d_out_TD.device.type):
+        dots_TE = d_out_TD.to(acc) @ bias_ED.to(acc).T
     dots_TE1 = torch.nn.functional.pad(dots_TE, (0, 1))
     return dots_TE1.gather(1, _expert_TK(plan))
 
@@ -281,12 +284,18 @@ def _d_down_bias(d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
     expert_TK = _expert_TK(plan)
     weights_TE = d_out_TD.new_zeros((d_out_TD.shape[0], plan.num_experts), dtype=acc)
     for k in range(plan.top_k):  # adds in a fixed order, where a scatter of repeated ids would not
-        weights_TE += (expert_TK[:, k, None] == experts_E) * weights_TK[:, k, None].to(acc)
-    return (weights_TE.T @ d_out_TD.to(acc)).to(bias_ED.dtype)
+        weights_TE += torch.where(expert_TK[:, k, None] == experts_E, weights_TK[:, k, None].to(acc), 0)
+    with _without_autocast(d_out_TD.device.type):
+        return (weights_TE.T @ d_out_TD.to(acc)).to(bias_ED.dtype)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
+
+
+def _without_autocast(device: str):
+    """For a backward that is called inside an autocast region."""
+    return torch.autocast(device, enabled=False) if _under_autocast(device) else contextlib.nullcontext()
 
 
 def _under_autocast(device: str) -> bool:
@@ -306,30 +315,41 @@ def _check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, plan, a
     check_activation(op, activation)
     if recompute not in RECOMPUTE:
         fail(op, "recompute", recompute, 'None or "pre_activation"')
-    if not isinstance(plan, RoutingPlan):
-        raise TypeError(
-            f"{op}: plan must be a RoutingPlan from routing_plan(expert_indices, num_experts), got {plan!r}"
-        )
-    if x_TD.dim() != 2:
-        fail(op, "x", x_TD, "2-dimensional, [T, D]")
+    check_plan(op, plan)
+    named = {
+        "x": x_TD,
+        "routing_weights": weights_TK,
+        "w_gate_up": w_gate_up,
+        "w_down": w_down,
+        "bias_gate_up": bias_gate_up,
+        "bias_down": bias_down,
+    }
+    for name, tensor in named.items():
+        if tensor is not None or not name.startswith("bias"):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
+            if tensor.dtype not in FLOATS:
+                raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
+            check_device(op, name, tensor, x_TD, "x")
+    if x_TD.dim() != 2 or 0 in x_TD.shape[1:]:
+        fail(op, "x", x_TD, "2-dimensional, [T, D], with D > 0")
+    if x_TD.shape[0] != plan.positions_TK.shape[0]:
+        fail(op, "x", x_TD, f"of {plan.positions_TK.shape[0]} tokens, as the plan is for")
     if tuple(weights_TK.shape) != tuple(plan.positions_TK.shape):
         fail(op, "routing_weights", weights_TK, f"shaped like the plan's indices {list(plan.positions_TK.shape)}")
-    if w_gate_up.dim() != 3 or w_down.dim() != 3:
-        fail(
-            op,
-            "w_gate_up, w_down",
-            tuple(w_gate_up.shape) + tuple(w_down.shape),
-            "3-dimensional, [E, 2I, D], [E, D, I]",
-        )
+    if w_gate_up.dim() != 3 or 0 in w_gate_up.shape:
+        fail(op, "w_gate_up", w_gate_up, "3-dimensional, [E, 2I, D] (gated) or [E, I, D], without a size of 0")
+    if w_gate_up.shape[0] != plan.num_experts:
+        fail(op, "w_gate_up", w_gate_up, f"of {plan.num_experts} experts, as the plan is for")
     inner = w_gate_up.shape[1] // (2 if is_gated(activation) else 1)
     if tuple(w_down.shape) != (w_gate_up.shape[0], w_gate_up.shape[2], inner):
         accepted = f"[E, D, I] = {[w_gate_up.shape[0], w_gate_up.shape[2], inner]} to match w_gate_up and {activation}"
         fail(op, "w_down", w_down, accepted)
-    if bias_down is not None and tuple(bias_down.shape) != tuple(w_down.shape[:2]):
-        fail(op, "bias_down", bias_down, f"of shape {list(w_down.shape[:2])}")
-    for name, tensor in (("routing_weights", weights_TK), ("w_gate_up", w_gate_up), ("w_down", w_down)):
-        if tensor.device != x_TD.device:
-            fail(op, name, tensor, f"on {x_TD.device} like x")
+    for name, weight, bias in (("bias_gate_up", w_gate_up, bias_gate_up), ("bias_down", w_down, bias_down)):
+        if bias is not None and tuple(bias.shape) != tuple(weight.shape[:2]):
+            fail(op, name, bias, f"of shape {list(weight.shape[:2])}")
+        if bias is not None and bias.dtype != weight.dtype:
+            raise TypeError(f"{op}: {name} must be {weight.dtype} like its weight, got {describe(bias)}")
     if _under_autocast(x_TD.device.type):
         return
     for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.functional.routing_plan import RoutingPlan
+from moe_kernels.functional.routing_plan import RoutingPlan, check_plan, refuse_double_backward
 
 
 class _Permute(torch.autograd.Function):
@@ -14,6 +14,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_rows_RD):
+        refuse_double_backward("permute")
         return torch.ops.moe_kernels.unpermute(d_rows_RD.contiguous(), ctx.plan.positions_TK, None), None
 
 
@@ -26,6 +27,7 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out_TD):
+        refuse_double_backward("unpermute")
         y_RD, weights_TK = ctx.saved_tensors
         plan = ctx.plan
         d_out_TD = d_out_TD.contiguous()
@@ -47,6 +49,7 @@ def permute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
 
     Differentiable in ``x_TD``. Expert e's rows are ``plan.offsets_E1[e]`` to ``plan.offsets_E1[e + 1]``.
     """
+    check_plan("permute", plan)
     return _Permute.apply(x_TD, plan)
 
 
@@ -55,4 +58,5 @@ def unpermute(y_RD: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None)
 
     Sums in fp32, k ascending. Differentiable in both. Rows of dropped slots are never read.
     """
+    check_plan("unpermute", plan)
     return _Unpermute.apply(y_RD, weights_TK, plan)

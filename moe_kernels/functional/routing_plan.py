@@ -49,12 +49,29 @@ def routing_plan(expert_indices_TK: Tensor, num_experts: int, *, block_m: int | 
         A :class:`RoutingPlan`.
 
     Raises:
+        TypeError: the indices are no tensor, ``num_experts`` is no int.
         ValueError: wrong shape or dtype of the indices, ``num_experts`` or ``block_m`` out of range.
     """
+    if not isinstance(expert_indices_TK, Tensor):
+        raise TypeError(f"routing_plan: expert_indices must be a tensor [T, K], got {type(expert_indices_TK).__name__}")
+    if not isinstance(num_experts, int):
+        raise TypeError(f"routing_plan: num_experts must be an int, got {num_experts!r}")
     if block_m is None:
         block_m = _block_m(expert_indices_TK.numel(), num_experts)
     tensors = torch.ops.moe_kernels.routing_plan(expert_indices_TK, num_experts, block_m)
     return RoutingPlan(*tensors, block_m)
+
+
+def check_plan(op: str, plan: object) -> None:
+    if not isinstance(plan, RoutingPlan):
+        accepted = "a RoutingPlan from routing_plan(expert_indices, num_experts)"
+        raise TypeError(f"{op}: plan must be {accepted}, got {type(plan).__name__}")
+
+
+def refuse_double_backward(op: str) -> None:
+    """Called first thing in a backward: its ops have no derivatives of their own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: double backward (create_graph=True) is not supported")
 
 
 def _block_m(num_slots: int, num_experts: int) -> int:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import ops  # noqa: F401  defines torch.ops.moe_kernels
+from moe_kernels.functional.routing_plan import refuse_double_backward
 
 
 class _TopKRoute(torch.autograd.Function):
@@ -17,6 +18,7 @@ class _TopKRoute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_weights_TK, _):
+        refuse_double_backward("topk_route")
         logits_TE, indices_TK = ctx.saved_tensors
         return (
             torch.ops.moe_kernels.topk_route_bwd(d_weights_TK, logits_TE, indices_TK, *ctx.how),

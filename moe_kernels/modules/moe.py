@@ -64,7 +64,9 @@ class MoE(nn.Module):
             self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, activation=activation, **where)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.hidden_size:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"MoE: x must be a tensor [..., {self.hidden_size}], got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[-1] != self.hidden_size:
             raise ValueError(f"MoE: x must be [..., {self.hidden_size}], got {list(x.shape)}")
         x_TD = x.reshape(-1, self.hidden_size)
         weights_TK, indices_TK, _ = self.router(x_TD)

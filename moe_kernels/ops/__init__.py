@@ -1,5 +1,8 @@
 """The ops: one file each, the schema and the contract, no arithmetic. Importing this package defines them all."""
 
+import torch
+import torch.utils.checkpoint
+
 from moe_kernels.ops import (  # noqa: F401  imported for their torch.library definitions
     combine,
     d_activation,
@@ -10,4 +13,10 @@ from moe_kernels.ops import (  # noqa: F401  imported for their torch.library de
     routing_plan,
     topk_route,
     unpermute,
+)
+
+# Selective checkpointing may be told to save an op's outputs and to skip it in the recomputation. These two have none:
+# they write into an argument, and skipping them would leave it unwritten.
+torch.utils.checkpoint.SAC_IGNORED_OPS.update(
+    (torch.ops.moe_kernels.combine.default, torch.ops.moe_kernels.d_activation_.default)
 )

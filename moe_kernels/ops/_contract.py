@@ -44,10 +44,14 @@ def check_size(op: str, argument: str, value: Tensor, dim: int, size: int, becau
         fail(op, argument, value, f"of size {size} in dimension {dim} ({because})")
 
 
-def check_like(op: str, argument: str, value: Tensor, like: Tensor, like_name: str) -> None:
-    """Same device and dtype as the tensor called ``like_name``."""
+def check_device(op: str, argument: str, value: Tensor, like: Tensor, like_name: str) -> None:
     if value.device != like.device:
         fail(op, argument, value, f"on {like.device} like {like_name}")
+
+
+def check_like(op: str, argument: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    """Same device and dtype as the tensor called ``like_name``."""
+    check_device(op, argument, value, like, like_name)
     if value.dtype != like.dtype:
         raise TypeError(f"{op}: {argument} must be {like.dtype} like {like_name}, got {describe(value)}")
 
@@ -58,6 +62,22 @@ def check_index(op: str, argument: str, value: Tensor, dims: int, shape: str, li
         fail(op, argument, value, f"a contiguous int32 tensor {shape} from routing_plan")
     if value.device != like.device:
         fail(op, argument, value, f"on {like.device} like the data")
+
+
+def check_weights(op: str, weights: Tensor | None, tokens: int, top_k: int, like: Tensor, like_name: str) -> None:
+    """Routing weights [T, K] of any float dtype, or None."""
+    if weights is None:
+        return
+    check_matrix(op, "weights", weights, 2, "[T, K]")
+    check_device(op, "weights", weights, like, like_name)
+    if weights.shape != (tokens, top_k):
+        fail(op, "weights", weights, f"of shape {[tokens, top_k]}")
+
+
+def check_offsets(op: str, offsets: Tensor, like: Tensor) -> None:
+    check_index(op, "offsets", offsets, 1, "[E+1]", like)
+    if offsets.shape[0] < 2:
+        fail(op, "offsets", offsets, "of at least 2 elements, E + 1")
 
 
 def check_activation(op: str, activation: str) -> None:

@@ -13,10 +13,7 @@ from moe_kernels.ops._library import define
 def check_rows(op, y_RD, positions_TK, weights_TK):
     c.check_index(op, "positions", positions_TK, 2, "[T, K]", y_RD)
     c.check_size(op, "y", y_RD, 0, positions_TK.numel(), "R = T * K of positions")
-    if weights_TK is not None:
-        c.check_matrix(op, "weights", weights_TK, 2, "[T, K]")
-        if weights_TK.shape != positions_TK.shape:
-            c.fail(op, "weights", weights_TK, f"shaped like positions {list(positions_TK.shape)}")
+    c.check_weights(op, weights_TK, *positions_TK.shape, y_RD, "y")
 
 
 def _check(out_TD, y_RD, positions_TK, weights_TK, residual_TD):

@@ -33,11 +33,11 @@ def _check(d_out_TD, w_down_EDI, h_RN, weights_TK, offsets_E1, slots_R, tiles_2M
     if activation_width(h_RN.shape[1], activation) != w_down_EDI.shape[2]:
         c.fail(op, "h", h_RN, f"of a width that {activation} turns into I = {w_down_EDI.shape[2]} of w_down")
     c.check_matrix(op, "weights", weights_TK, 2, "[T, K]")
-    c.check_size(op, "weights", weights_TK, 0, d_out_TD.shape[0], "T of d_out")
+    c.check_weights(op, weights_TK, d_out_TD.shape[0], weights_TK.shape[1], d_out_TD, "d_out")
     c.check_size(op, "h", h_RN, 0, weights_TK.numel(), "R = T * K of weights")
     c.check_index(op, "slots", slots_R, 1, "[R]", d_out_TD)
     c.check_size(op, "slots", slots_R, 0, h_RN.shape[0], "R of h")
-    check_plan(op, d_out_TD, offsets_E1, tiles_2M, block_m, w_down_EDI.shape[0])
+    check_plan(op, d_out_TD, offsets_E1, tiles_2M, block_m, w_down_EDI.shape[0], h_RN.shape[0])
 
 
 def _fake_over_h(d_out_TD, w_down_EDI, h_RN, weights_TK, *_):

@@ -10,6 +10,7 @@ e is the expert that owns sorted row r and token(r) = slots[r] // top_k. W is [E
 from moe_kernels.backends import Problem
 from moe_kernels.ops import _contract as c
 from moe_kernels.ops._library import define
+from moe_kernels.ops.routing_plan import max_tiles
 
 
 def activation_width(n: int, activation: str) -> int:
@@ -17,11 +18,13 @@ def activation_width(n: int, activation: str) -> int:
     return n // 2 if c.is_gated(activation) else n
 
 
-def check_plan(op, data, offsets_E1, tiles_2M, block_m, num_experts):
-    c.check_index(op, "offsets", offsets_E1, 1, "[E+1]", data)
+def check_plan(op, data, offsets_E1, tiles_2M, block_m, num_experts, rows):
+    """The plan tensors are of one plan for ``rows`` rows: kernels trust the rows and experts that the tiles name."""
+    c.check_offsets(op, offsets_E1, data)
     c.check_size(op, "offsets", offsets_E1, 0, num_experts + 1, "E + 1 with E of the weights")
     c.check_index(op, "tiles", tiles_2M, 2, "[2, M]", data)
     c.check_block_m(op, block_m)
+    c.check_size(op, "tiles", tiles_2M, 1, max_tiles(rows, num_experts, block_m), f"{rows} rows by {block_m}")
 
 
 def _check(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, activation, store_h, store_a):
@@ -37,7 +40,7 @@ def _check(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, 
         c.check_like(op, "bias_gate_up", bias_EN, x_TD, "x")
         if bias_EN.shape != w_END.shape[:2]:
             c.fail(op, "bias_gate_up", bias_EN, f"of shape {list(w_END.shape[:2])}")
-    check_plan(op, x_TD, offsets_E1, tiles_2M, block_m, w_END.shape[0])
+    check_plan(op, x_TD, offsets_E1, tiles_2M, block_m, w_END.shape[0], slots_R.shape[0])
     c.check_index(op, "slots", slots_R, 1, "[R]", x_TD)
     c.check_size(op, "slots", slots_R, 0, x_TD.shape[0] * top_k, "R = T * top_k")
     if not (store_h or store_a):

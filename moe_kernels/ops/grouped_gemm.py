@@ -21,7 +21,7 @@ def _check(a_RC, w, bias_EN, offsets_E1, tiles_2M, block_m, trans_w):
         c.check_like(op, "bias", bias_EN, a_RC, "a")
         if bias_EN.shape != (w.shape[0], w.shape[1 if trans_w else 2]):
             c.fail(op, "bias", bias_EN, f"of shape {[w.shape[0], w.shape[1 if trans_w else 2]]}")
-    check_plan(op, a_RC, offsets_E1, tiles_2M, block_m, w.shape[0])
+    check_plan(op, a_RC, offsets_E1, tiles_2M, block_m, w.shape[0], a_RC.shape[0])
 
 
 define(

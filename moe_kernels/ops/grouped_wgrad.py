@@ -19,7 +19,7 @@ def _check(lhs, rhs, offsets_E1, slots_R, top_k, gather, sum_lhs, out_dtype):
     c.check_matrix(op, "lhs", lhs, 2, "[rows, M]")
     c.check_matrix(op, "rhs", rhs, 2, "[rows, N]")
     c.check_like(op, "rhs", rhs, lhs, "lhs")
-    c.check_index(op, "offsets", offsets_E1, 1, "[E+1]", lhs)
+    c.check_offsets(op, offsets_E1, lhs)
     c.check_index(op, "slots", slots_R, 1, "[R]", lhs)
     for name, side in (("lhs", lhs), ("rhs", rhs)):
         if gather == name and side.shape[0] * top_k != slots_R.shape[0]:

@@ -11,13 +11,10 @@ from moe_kernels.ops._library import define
 def _check(x_TD, weights_TK, offsets_E1, slots_R, top_k):
     op = "permute"
     c.check_matrix(op, "x", x_TD, 2, "[T, D]")
-    c.check_index(op, "offsets", offsets_E1, 1, "[E+1]", x_TD)
+    c.check_offsets(op, offsets_E1, x_TD)
     c.check_index(op, "slots", slots_R, 1, "[R]", x_TD)
     c.check_size(op, "slots", slots_R, 0, x_TD.shape[0] * top_k, "R = T * top_k")
-    if weights_TK is not None:
-        c.check_matrix(op, "weights", weights_TK, 2, "[T, K]")
-        c.check_size(op, "weights", weights_TK, 0, x_TD.shape[0], "T of x")
-        c.check_size(op, "weights", weights_TK, 1, top_k, "top_k")
+    c.check_weights(op, weights_TK, x_TD.shape[0], top_k, x_TD, "x")
 
 
 define(

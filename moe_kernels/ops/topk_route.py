@@ -27,8 +27,10 @@ def _check(logits_TE, bias_E, top_k, scoring, score_after_topk, renormalize, eps
         c.fail(op, "scoring", scoring, "one of " + ", ".join(SCORINGS))
     if not 1 <= top_k <= experts:
         c.fail(op, "top_k", top_k, f"from 1 to the number of experts {experts}")
-    if bias_E is not None and bias_E.shape != (experts,):
-        c.fail(op, "selection_bias", bias_E, f"of shape [{experts}]")
+    if bias_E is not None:
+        c.check_matrix(op, "selection_bias", bias_E, 1, "[E]")
+        c.check_device(op, "selection_bias", bias_E, logits_TE, "logits")
+        c.check_size(op, "selection_bias", bias_E, 0, experts, "E of logits")
     if num_groups < 1 or experts % num_groups:
         c.fail(op, "num_groups", num_groups, f"a divisor of the number of experts {experts}")
     if not 1 <= top_groups <= num_groups:

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from moe_kernels.backends.triton import _launch
+from moe_kernels.backends.triton import _launch, configs
 
 # Divisibility is all that the kernels see of these sizes: multiples of every tile, as real models have them.
 T, K, E, D, I = 64, 8, 2, 512, 512  # noqa: E741
@@ -38,8 +38,8 @@ def compile_launch(launch: _launch.Launch, arch: int) -> dict:
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kernel = launch.kernel
-    kwargs = {**launch.args, **launch.constexprs, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    kwargs |= {"debug": False, "instrumentation_mode": ""}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers}
+    kwargs = {**launch.args, **launch.constexprs, **options, "debug": False, "instrumentation_mode": ""}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(**kwargs)
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
@@ -100,7 +100,7 @@ def arguments(op: str, variant: Variant) -> tuple:
     raise ValueError(op)
 
 
-def variants(op: str, every_row: bool) -> list[Variant]:
+def variants(op: str, capability: tuple[int, int], every_row: bool) -> list[Variant]:
     bf16 = torch.bfloat16
     if op == "routing_plan":
         return [Variant(torch.int64, 0)]
@@ -115,26 +115,32 @@ def variants(op: str, every_row: bool) -> list[Variant]:
         ]
         return sides + more if every_row else sides
     if not every_row:
-        return [Variant(bf16, 128)]
-    rows = [Variant(bf16, block_m) for block_m in (16, 32, 64, 128)]
+        return [Variant(bf16, 128), Variant(torch.float32, 128)]
+    rows = [(size, block_m) for name, size, block_m in configs.table(capability) if name == op]
     flags = [{"transposed"}, {"uneven"}, {"plain"}]
     return [
-        *rows,
+        *(Variant(bf16 if size == 2 else torch.float32, block_m) for size, block_m in rows),
         *(Variant(bf16, 128, frozenset(flag)) for flag in flags),
         Variant(torch.float16, 64),
-        Variant(torch.float32, 64),
     ]
 
 
-def launches_of(op: str, variant: Variant) -> list[_launch.Launch]:
-    """What the op's backend function would launch."""
-    recorded = []
+def launches_of(op: str, variant: Variant) -> tuple[list[_launch.Launch], list[tuple[str, int, int]]]:
+    """What the op's backend function would launch, and the rows of the tile table it looked up."""
+    recorded, rows = [], []
+
+    def tiles(op, capability, element_size, block_m=0):
+        rows.append((op, element_size, block_m))
+        return configs.tiles(op, capability, element_size, block_m)
+
     for name in {op, "combine"}:  # unpermute launches through combine
         module = importlib.import_module(f"moe_kernels.backends.triton.{name}")
         module.launch = lambda device, launch: recorded.append(launch)
+        if hasattr(module, "tiles"):
+            module.tiles = tiles
     function = getattr(importlib.import_module(f"moe_kernels.backends.triton.{op}"), op)
     function(*arguments(op, variant))
-    return recorded
+    return recorded, rows
 
 
 def main():
@@ -147,9 +153,11 @@ def main():
 
     _launch._WITHOUT_GPU = divmod(chosen.arch, 10)
     for op in chosen.ops:
-        for variant in variants(op, chosen.every_row):
-            for launch in launches_of(op, variant):
-                print(json.dumps({"variant": f"{op}-{variant}", **compile_launch(launch, chosen.arch)}), flush=True)
+        for variant in variants(op, _launch._WITHOUT_GPU, chosen.every_row):
+            launches, rows = launches_of(op, variant)
+            for launch in launches:
+                compiled = compile_launch(launch, chosen.arch)
+                print(json.dumps({"variant": f"{op}-{variant}", "rows": rows, **compiled}), flush=True)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,25 @@ def test_bad_data(tmp_path, name, content, expected):
     assert expected in str(error.value)
 
 
+def test_byte_order_mark_before_jsonl(tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
+    assert list(data.pieces(str(tmp_path / "bom.jsonl"), 0)) == ["a", None]
+
+
+def test_tokenizer_that_knows_no_text(tmp_path):
+    """As Transformers makes one of a checkpoint without tokenizer files: every document is end-of-text alone."""
+
+    class Empty:
+        eos_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": []}
+
+    (tmp_path / "many.jsonl").write_text('{"text": "abc"}\n' * 200)
+    with pytest.raises(UsageError, match=r"^--model: its tokenizer turns text into no tokens"):
+        data.sequences(str(tmp_path / "many.jsonl"), Empty(), seq_len=2, wanted=4, seed=0)
+
+
 def test_directory_without_text(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     with pytest.raises(UsageError, match="holds no text files"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_kernels.cli import UsageError, results
+from moe_kernels.cli import RunError, UsageError, first_line, results
 from moe_kernels.cli.output import OutputDir
 
 pytest.importorskip("accelerate")
@@ -30,8 +31,9 @@ def environment() -> dict:
     return {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=environment())
+def run(*arguments, cwd=None, **variables):
+    env = {**environment(), **variables}
+    return subprocess.run(command(*arguments), capture_output=True, text=True, env=env, cwd=cwd)
 
 
 @pytest.fixture(scope="session")
@@ -131,9 +133,9 @@ def test_checkpoint_jsonl_bfloat16_and_overwrite(compared, tmp_path):
 # Bad input: one line that names the argument, exit code 2, nothing left behind
 
 
-def refused(tmp_path, *arguments) -> str:
+def refused(tmp_path, *arguments, **variables) -> str:
     output = tmp_path / "a" / "b" / "run"
-    done = run("--output-dir", output, *arguments)
+    done = run("--output-dir", output, *arguments, **variables)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("moe-kernels finetune: error: ")
     assert not (tmp_path / "a").exists()
@@ -145,6 +147,13 @@ def refused(tmp_path, *arguments) -> str:
     [
         ("--max-steps", "0", "positive integer, got '0'"),
         ("--seq-len", "-3", "positive integer, got '-3'"),
+        ("--seq-len", "1", "must be at least 2, got '1': each token predicts the next"),
+        ("--model", "", "must name something, got ''"),
+        ("--data", "", "must name something, got ''"),
+        ("--output-dir", "", "must name something, got ''"),
+        ("--model", "m" * 300, "File name too long"),
+        ("--data", "d" * 300, "File name too long"),
+        ("--output-dir", "/tmp/" + "o" * 300, "File name too long"),
         ("--batch-size", "1.5", "positive integer, got '1.5'"),
         ("--lr", "nan", "positive number, got 'nan'"),
         ("--dtype", "int8", "'auto', 'float32', 'bfloat16'"),
@@ -155,6 +164,25 @@ def refused(tmp_path, *arguments) -> str:
 def test_bad_value(tmp_path, option, value, expected):
     message = refused(tmp_path, f"{option}={value}")
     assert option in message and expected in message
+
+
+@pytest.mark.parametrize(
+    ("forced", "expected"),
+    [("triton", "no Triton kernels for device type cpu"), ("cuda", "can't run"), ("foo", "must be one of")],
+)
+def test_forced_backend_that_cannot_run(tmp_path, forced, expected):
+    import torch
+
+    if torch.cuda.is_available() and forced != "foo":
+        pytest.skip("it may run here")
+    message = refused(tmp_path, MOE_KERNELS_BACKEND=forced, TRITON_INTERPRET="0")
+    assert "MOE_KERNELS_BACKEND" in message and expected in message
+
+
+def test_first_line_of_an_error():
+    assert first_line(ValueError("a\nb")) == "a"
+    assert first_line(ValueError("field 'x':\n  not a number\nmore")) == "field 'x': not a number"
+    assert first_line(ValueError(" ")) == "ValueError"
 
 
 def test_model_without_config(tmp_path):
@@ -181,14 +209,44 @@ def test_sequence_longer_than_the_model(compared, tmp_path):
     assert "--seq-len: 65 is longer than the model's 64 positions" in message
 
 
-@pytest.mark.slow
-def test_broken_weights(compared, tmp_path):
-    import shutil
+def copied(compared, tmp_path) -> Path:
+    return Path(shutil.copytree(compared.output / "checkpoint", tmp_path / "model"))
 
-    shutil.copytree(compared.output / "checkpoint", tmp_path / "broken")
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"not weights")
-    message = refused(tmp_path, "--model", tmp_path / "broken", "--seq-len", 32, "--max-steps", 1)
-    assert "--model: can't load" in message
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("file", "content", "expected"),
+    [
+        ("model.safetensors", "not weights", "--model: can't load"),
+        ("config.json", '{"model_type": "qwen3_moe", "num_experts": "eight"}', "'num_experts'"),
+        ("tokenizer.json", '{"version": "1.0", "model": 3}', "no tokenizer that loads"),
+    ],
+)
+def test_broken_checkpoint(compared, tmp_path, file, content, expected):
+    model = copied(compared, tmp_path)
+    (model / file).write_text(content)
+    message = refused(tmp_path, "--model", model, "--seq-len", 32, "--max-steps", 1)
+    assert "--model: " in message and expected in message
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_there(compared, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    file = copied(compared, tmp_path) / "model.safetensors"
+    weights = {name: weight for name, weight in load_file(file).items() if ".experts." not in name}
+    save_file(weights, file, metadata={"format": "pt"})
+    message = refused(tmp_path, "--model", file.parent, "--seq-len", 32, "--max-steps", 1)
+    assert "lacks 8 of the weights the model needs (model.layers.0.mlp.experts.down_proj, " in message
+
+
+@pytest.mark.slow
+def test_tokenizer_that_is_not_there(compared, tmp_path):
+    model = copied(compared, tmp_path)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = refused(tmp_path, "--model", model, "--seq-len", 32, "--max-steps", 1)
+    assert "--model: its tokenizer turns text into no tokens" in message
 
 
 def test_bad_data_from_the_command(tmp_path):
@@ -220,6 +278,81 @@ def test_failure_keeps_the_earlier_run(tmp_path):
         (output.staging / "half").write_text("")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == ["run"] and os.listdir(old) == ["summary.json"]
+
+
+def written(directory: OutputDir) -> None:
+    (directory.staging / "summary.json").write_text("{}")
+    (directory.staging / "checkpoint").mkdir()
+    (directory.staging / "checkpoint" / "weights").write_text("")
+
+
+def test_empty_directory_is_filled_from_inside(tmp_path, monkeypatch):
+    """It may be a mount point or have a parent that can't be written in, as with docker -v: nothing is renamed over."""
+    target = tmp_path / "mounted"
+    target.mkdir()
+    moved = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (moved.append(Path(b).name), rename(a, b)))
+    inode = target.stat().st_ino
+    with OutputDir(target, overwrite=False) as output:
+        assert output.staging.parent == target and os.listdir(tmp_path) == ["mounted"]
+        written(output)
+        output.publish()
+    assert target.stat().st_ino == inode
+    assert moved == ["checkpoint", "summary.json"]
+    assert sorted(os.listdir(target)) == ["checkpoint", "summary.json"] and os.listdir(tmp_path) == ["mounted"]
+
+
+def test_failure_leaves_an_empty_directory_empty(tmp_path):
+    with pytest.raises(RunError, match="there already"), OutputDir(tmp_path, overwrite=False) as output:
+        written(output)
+        (output.staging / "a.png").write_text("")
+        (tmp_path / "summary.json").write_text("somebody else's")
+        output.publish()
+    assert os.listdir(tmp_path) == ["summary.json"]
+    assert (tmp_path / "summary.json").read_text() == "somebody else's"
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_rename_that_fails_keeps_the_earlier_run(tmp_path, monkeypatch, failing):
+    old = tmp_path / "run"
+    old.mkdir()
+    (old / "summary.json").write_text("old")
+    replace, calls = os.replace, []
+
+    def failing_replace(a, b):
+        calls.append(a)
+        if len(calls) == failing:
+            raise OSError(16, "Device or resource busy")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", failing_replace)
+    with pytest.raises(RunError, match="busy"), OutputDir(old, overwrite=True) as output:
+        written(output)
+        output.publish()
+    assert os.listdir(tmp_path) == ["run"] and (old / "summary.json").read_text() == "old"
+
+
+def test_mount_point_with_an_earlier_run(tmp_path, monkeypatch):
+    (tmp_path / "summary.json").write_text("{}")
+    monkeypatch.setattr(Path, "is_mount", lambda _: True)
+    with pytest.raises(UsageError, match="is a mount point"):
+        OutputDir(tmp_path, overwrite=True)
+
+
+@pytest.mark.slow
+def test_current_directory_and_a_single_step(tmp_path):
+    (tmp_path / "here").mkdir()
+    options = ("--compare", "--max-steps", 1, "--batch-size", 1, "--seq-len", 16, "--data", __file__)
+    paths = os.pathsep.join(path for path in (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")) if path)
+    done = run("--output-dir", ".", *options, cwd=tmp_path / "here", PYTHONPATH=paths)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert os.listdir(tmp_path) == ["here"]
+    found = sorted(os.listdir(tmp_path / "here"))
+    assert found == ["checkpoint", "expert_load.png", "loss.png", "summary.json"]
+    summary = json.loads((tmp_path / "here" / "summary.json").read_text())
+    assert summary["comparison"]["tokens_per_second_ratio"] is None
+    assert all(one["warm_up_steps"] == 0 for one in summary["runs"].values())
 
 
 @pytest.mark.slow
@@ -258,22 +391,16 @@ def children(pid: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_run_that_breaks_down(tmp_path):
-    """A forced backend that can't run: the error is shown, nothing is written."""
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("Triton runs here")
-    done = subprocess.run(
-        command("--output-dir", tmp_path / "run", "--max-steps", 1, "--batch-size", 1, "--seq-len", 16),
-        capture_output=True,
-        text=True,
-        env={**environment(), "MOE_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 1
-    assert "the forced backend can't run" in done.stderr
-    assert done.stderr.endswith("nothing was written\n")
-    assert not list(tmp_path.iterdir())
+def test_run_that_breaks_down(compared, tmp_path):
+    """An error in a training step is shown, and nothing is written."""
+    model = copied(compared, tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 99}))
+    options = ("--max-steps", 1, "--batch-size", 1, "--seq-len", 16)
+    done = run("--model", model, "--output-dir", tmp_path / "a" / "run", *options)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr and done.stderr.endswith("nothing was written\n")
+    assert not (tmp_path / "a").exists()
 
 
 # Checks

@@ -86,6 +86,37 @@ def test_gpu_and_extension_lines(capsys):
         assert word in shown
 
 
+@pytest.mark.parametrize(
+    ("device", "forced", "backend", "accelerated", "expected"),
+    [
+        (
+            "cpu",
+            None,
+            "reference",
+            False,
+            "on a CPU, layers inside Hugging Face models run on the plain-torch reference.",
+        ),
+        ("cuda:0", None, "reference", False, "run Transformers' own code."),
+        ("cuda:0", "reference", "reference", False, "run on plain torch."),
+        ("cpu", "triton", None, False, "The forced backend triton can't run here: layers"),
+        ("cuda:0", "cuda", None, True, "The forced backend cuda can't run here: layers"),
+    ],
+)
+def test_last_line_says_what_layers_run_on(capsys, device, forced, backend, accelerated, expected):
+    facts = info.collect()
+    facts |= {"device": device, "forced_backend": forced, "accelerated": accelerated}
+    facts["ops"] = [{"op": "gate_up", "backend": backend, "passed_over": {}}]
+    info.show(facts)
+    assert expected in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_to_add_where_kernels_run(capsys):
+    facts = info.collect() | {"accelerated": True, "device": "cuda:0"}
+    facts["ops"] = [{"op": "gate_up", "backend": "triton", "passed_over": {}}]
+    info.show(facts)
+    assert "layers inside" not in capsys.readouterr().out
+
+
 def test_extension_says_why_it_is_not_there():
     found = machine.extension()
     assert found["built"] or "not built" in found["reason"]

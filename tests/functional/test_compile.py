@@ -58,13 +58,16 @@ def test_forward_and_backward_equal_eager(case, recompute):
         assert_close(ours, eager.double())
 
 
-def test_two_backwards_over_a_compiled_graph():
+@pytest.mark.parametrize("recompute", [None, "pre_activation"], ids=["save-h", "recompute"])
+def test_two_backwards_over_a_compiled_graph(recompute, op_counter):
     """The compiled backward must not write over what it saved."""
     p = Problem(CASES[0])
     inputs = leaves(p)
-    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs, "swiglu", "pre_activation")
-    first = torch.autograd.grad(out, inputs, p.d_out, retain_graph=True)
-    second = torch.autograd.grad(out, inputs, p.d_out)
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(*inputs, "swiglu", recompute)
+    with op_counter:
+        first = torch.autograd.grad(out, inputs, p.d_out, retain_graph=True)
+        second = torch.autograd.grad(out, inputs, p.d_out)
+    assert op_counter.calls["d_activation"] == 2 and op_counter.calls["d_activation_"] == 0
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 

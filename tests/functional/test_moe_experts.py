@@ -103,6 +103,24 @@ def test_dropped_slots_contribute_nothing(recompute):
     assert (inputs["weights"].grad[p.plan.positions_TK < 0] == 0).all()
 
 
+@BOTH
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_the_weight_of_a_dropped_slot_is_never_read(bias, recompute):
+    """A router that drops a slot may leave anything in its weight."""
+    p = Problem(CASES[3])
+    dropped = p.plan.positions_TK < 0
+    assert dropped.any()
+    plain, inputs = inputs_of(p, bias), inputs_of(p, bias)
+    with torch.no_grad():
+        plain["weights"][dropped] = 0
+        inputs["weights"][dropped] = torch.nan
+    expected, out = run(p, plain, recompute), run(p, inputs, recompute)
+    assert bitwise_equal(out, expected)
+    grads = gradients(out, inputs, p.d_out)
+    for name, grad in gradients(expected, plain, p.d_out).items():
+        assert grads[name].isfinite().all() and bitwise_equal(grads[name], grad), name
+
+
 @pytest.mark.parametrize("ids", [torch.int64, torch.int32], ids=["int64", "int32"])
 def test_with_the_librarys_own_plan(ids):
     p = Problem(CASES[3], dtype=torch.float64)
@@ -197,6 +215,8 @@ def test_a_frozen_input_gets_no_gradient(name, recompute):
     for other, tensor in inputs.items():
         if other == name:
             assert tensor.grad is None
+        elif (name, other) == ("w_gate_up", "bias_gate_up"):  # then a sum of its own, in another order
+            assert_close(tensor.grad, everything[other].grad.double(), what=other)
         else:
             assert bitwise_equal(tensor.grad, everything[other].grad), other
 
@@ -223,6 +243,41 @@ def test_frozen_inputs_cost_no_product(trained, wgrads, products, recompute, op_
     assert op_counter.calls["grouped_wgrad"] == wgrads
     assert op_counter.calls["grouped_gemm"] == products
     assert op_counter.calls["gate_up"] == (1 if recompute else 0)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["bias_gate_up", "bias_down"])
+def test_training_one_bias_alone(name, recompute, op_counter):
+    """As bias-only fine-tuning does: neither the other gradients nor the weight's own are made on the way."""
+    p = Problem(WIDE, dtype=torch.float64)
+    inputs, theirs = inputs_of(p, frozen=set(NAMES) - {name}), inputs_of(p)
+    truth = naive(p, theirs)
+    out = run(p, inputs, recompute)
+    with op_counter:
+        out.backward(p.d_out)
+    assert_close(inputs[name].grad, gradients(truth, theirs, p.d_out)[name])
+    if name == "bias_down":
+        assert op_counter.calls == {}
+    else:
+        expected = {"d_activation_": 1, "grouped_wgrad": 1} | ({"gate_up": 1} if recompute else {})
+        assert op_counter.calls == expected
+        assert op_counter.shapes["grouped_wgrad"] == [[p.case.E, p.case.N, 8]], "narrow: not the weight's gradient"
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "frozen", [("weights",), ("weights", "w_down"), ("x", "weights", "w_gate_up", "bias_gate_up")], ids="+".join
+)
+def test_down_bias_with_frozen_routing_weights(frozen, recompute):
+    p = Problem(CASES[3], dtype=torch.float64)
+    ours, theirs = inputs_of(p, frozen=frozen), inputs_of(p)
+    expected = gradients(naive(p, theirs), theirs, p.d_out)
+    run(p, ours, recompute).backward(p.d_out)
+    for name, tensor in ours.items():
+        if name in frozen:
+            assert tensor.grad is None, name
+        else:
+            assert_close(tensor.grad, expected[name], what=f"gradient of {name}")
 
 
 def test_forward_without_a_backward_keeps_nothing(op_counter):

@@ -4,15 +4,17 @@ The backward writes over what the forward saved, so every way to reach a saved t
 """
 
 import contextlib
+import functools
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moe_kernels import use_backend
 from tests.functional.experts import BOTH, NAMES, SMALL, gradients, inputs_of, naive, run
-from tests.helpers import Problem, assert_close, bitwise_equal
+from tests.helpers import Case, Problem, assert_close, bitwise_equal
 
+DROPPING = Case(9, 3, 5, 7, 6, routing="sentinels", block_m=16)
 ONCE = "a second backward over the same graph"
 
 
@@ -126,6 +128,69 @@ def test_two_backwards_over_a_checkpoint(recompute):
     for retain in (True, False):
         got = gradients(out, inputs, p.d_out, retain_graph=retain)
         assert all(bitwise_equal(got[name], expected[name]) for name in inputs)
+
+
+@BOTH
+@pytest.mark.parametrize("saved", ["combine", "gate_up", "grouped_gemm", "combine+gate_up+grouped_gemm"])
+def test_selective_checkpoint(saved, recompute):
+    """Two layers, so that the second is recomputed from an output that the first one wrote into an argument.
+
+    A saved op does not run again: combine returns nothing to save, and must run for its argument to be written.
+    """
+    p = Problem(SMALL)
+    plain, inputs = inputs_of(p), inputs_of(p)
+    ops = [getattr(torch.ops.moe_kernels, name).default for name in saved.split("+")]
+    contexts = functools.partial(create_selective_checkpoint_contexts, ops)
+
+    def two_layers(*tensors):
+        named = dict(zip(NAMES, tensors))
+        return run(p, named | {"x": run(p, named, recompute)}, recompute)
+
+    expected = gradients(two_layers(*plain.values()), plain, p.d_out)
+    out = checkpoint(two_layers, *inputs.values(), use_reentrant=False, context_fn=contexts)
+    got = gradients(out, inputs, p.d_out)
+    for name in inputs:
+        assert bitwise_equal(got[name], expected[name]), name
+
+
+@BOTH
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_anomaly_detection_with_dropped_slots(bias, recompute):
+    """It looks at every element of a gradient, and the rows that no expert owns are never written."""
+    p = Problem(DROPPING)
+    plain, inputs = inputs_of(p, bias), inputs_of(p, bias)
+    expected = gradients(run(p, plain, recompute), plain, p.d_out)
+    with torch.autograd.detect_anomaly():
+        got = gradients(run(p, inputs, recompute), inputs, p.d_out)
+    assert all(bitwise_equal(got[name], expected[name]) for name in inputs)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_backward_inside_an_autocast_region(dtype, recompute):
+    """The plain products of the backward, those of the down bias, would otherwise round their fp32 operands."""
+    p = Problem(SMALL, dtype=dtype)
+    plain, inputs = inputs_of(p), inputs_of(p)
+    expected = gradients(run(p, plain, recompute), plain, p.d_out)
+    out = run(p, inputs, recompute)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(out, inputs, p.d_out)
+    for name in inputs:
+        assert bitwise_equal(got[name], expected[name]), name
+
+
+@BOTH
+def test_forward_and_backward_inside_an_autocast_region(recompute):
+    p = Problem(SMALL)
+    results = []
+    for inside in (False, True):
+        inputs = inputs_of(p)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(p, inputs, recompute)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            results.append(gradients(out, inputs, p.d_out))
+    for name in NAMES:
+        assert bitwise_equal(results[0][name], results[1][name]), name
 
 
 @BOTH

@@ -224,9 +224,7 @@ def test_pickle_deepcopy_and_torch_save(enabled):
         assert torch.equal(clone(tokens()).logits, expected)
 
 
-def _spawned(model, queue):
-    import moe_kernels.auto
-
+def _spawned(model, queue):  # nothing here enables anything: the name that the model's config holds brings it along
     queue.put((model(tokens()).logits.tolist(), moe_kernels.report(model).accelerated))
 
 
@@ -242,7 +240,39 @@ def test_spawn(enabled):
     torch.testing.assert_close(torch.tensor(logits), model(tokens()).logits)
 
 
+@pytest.mark.parametrize("chosen", [None, "moe_kernels"])
+def test_saved_whole_and_loaded_where_nothing_was_enabled(enabled, tmp_path, chosen):
+    options = {} if chosen is None else {"experts_implementation": chosen}
+    model = make_model("qwen3_moe", **options).eval()
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False);"
+        "print(model(input_ids=torch.arange(16)[None]).logits.double().sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, check=True
+    )
+    expected = model(input_ids=torch.arange(16)[None]).logits.double().sum().item()
+    assert float(done.stdout) == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_is_no_model():
+    for function in (moe_kernels.patch, moe_kernels.report):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+            function("Qwen/Qwen3-30B-A3B")
+
+
 # The front door
+
+
+def test_every_public_name_and_subpackage():
+    code = "import moe_kernels; [getattr(moe_kernels, n) for n in (*moe_kernels.__all__, 'functional', 'modules')]"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_misspelt_backend_fails_at_the_call():
+    with pytest.raises(ValueError, match="name must be one of cuda, triton, reference or None, got 'tritn'"):
+        moe_kernels.use_backend("tritn")
 
 
 def test_auto_enables_and_keeps_earlier_options():

@@ -23,7 +23,7 @@ def supports(op: str, problem) -> str | None:
         return reason
     if problem.dtype is not None and problem.dtype not in DTYPES:
         return f"no kernel for {str(problem.dtype).removeprefix('torch.')}"
-    if problem.device.type == "cpu" and problem.dtype not in (None, torch.float32):
+    if interpreted() and problem.dtype not in (None, torch.float32):
         return "Triton's interpreter is right in float32 only"
     for size in problem.dims:
         if size % 8:

@@ -52,7 +52,7 @@ def num_sms(device: torch.device) -> int:
 
 def input_precision(dtype: torch.dtype) -> str:
     """What a float32 product does with its operands: exact unless the user allowed TF32 in torch."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 

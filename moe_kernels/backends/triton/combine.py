@@ -13,9 +13,10 @@ from torch import Tensor
 from moe_kernels.backends.triton._launch import Launch, cdiv, launch, rows_contiguous
 
 _ELEMENTS = 2048  # a program's tile: 4 warps, 16 elements a thread
+_COLUMNS = 256  # no wider than the narrowest column chunk, so that chunks of any width run the same program
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["weights_ptr"])
 def combine_kernel(
     out_ptr,
     y_ptr,
@@ -65,7 +66,7 @@ def combine(
     target_TD = out_TD if out_TD.stride(1) == 1 else out_TD.new_empty(out_TD.shape)
     y_RD = rows_contiguous(y_RD)
     residual = target_TD if residual_TD is None else rows_contiguous(residual_TD)
-    block_d = min(512, triton.next_power_of_2(width))
+    block_d = min(_COLUMNS, triton.next_power_of_2(width))
     block_t = max(1, _ELEMENTS // block_d)
     launch(
         y_RD.device,

@@ -87,6 +87,8 @@ _SMALL = _LARGE | {
     ("d_activation", 2, 32): Tiles(64, 64, 4, 3),
     ("d_activation", 2, 16): Tiles(64, 64, 4, 3),
     ("grouped_wgrad", 2, 0): Tiles(128, 64, 8, 2, block_m=128),
+    ("gate_up", 4, 128): Tiles(64, 32, 8, 2),
+    ("grouped_gemm", 4, 128): Tiles(64, 32, 8, 3),
 }
 
 

@@ -66,7 +66,7 @@ def _epilogue(
     return tl.sum(d_a * a, axis=1)  # columns past I are zero in a
 
 
-@triton.jit(do_not_specialize=["num_m_tiles", "num_slots"])
+@triton.jit(do_not_specialize=["num_m_tiles", "num_slots"], do_not_specialize_on_alignment=["weights_ptr"])
 def d_activation_kernel(
     d_out_ptr,
     w_desc,

@@ -12,7 +12,7 @@ from moe_kernels.backends.triton._launch import Launch, cdiv, launch, rows_conti
 _ELEMENTS = 2048
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["weights_ptr"])
 def permute_kernel(
     out_ptr,
     x_ptr,

@@ -27,13 +27,14 @@ def _ids(indices_ptr, o_s, num_slots, num_experts):
     return tl.where((ids < 0) | (ids >= num_experts), num_experts, ids).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["indices_ptr"])
 def count_kernel(indices_ptr, counts_ptr, num_slots, num_experts, CHUNK: tl.constexpr, BINS: tl.constexpr):
-    o_s = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    chunk = tl.program_id(0).to(tl.int64)
+    o_s = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = _ids(indices_ptr, o_s, num_slots, num_experts)
     counts = tl.histogram(ids, BINS, mask=o_s < num_slots)
     o_e = tl.arange(0, BINS)
-    tl.store(counts_ptr + tl.program_id(0) * (num_experts + 1) + o_e, counts, mask=o_e <= num_experts)
+    tl.store(counts_ptr + chunk * (num_experts + 1) + o_e, counts, mask=o_e <= num_experts)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
@@ -80,7 +81,7 @@ def layout_kernel(
         tl.store(tiles_ptr + num_tiles + o_t, row, mask=o_t < last_tile)
 
 
-@triton.jit(do_not_specialize=["num_slots"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["indices_ptr"])
 def scatter_kernel(
     indices_ptr,
     counts_ptr,
@@ -92,7 +93,8 @@ def scatter_kernel(
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    first = tl.program_id(0) * CHUNK
+    chunk = tl.program_id(0).to(tl.int64)
+    first = chunk * CHUNK
     i = tl.arange(0, CHUNK)
     ids = _ids(indices_ptr, first + i, num_slots, num_experts)
     rank = tl.zeros((CHUNK,), tl.int32)
@@ -101,7 +103,7 @@ def scatter_kernel(
         others = _ids(indices_ptr, first + j, num_slots, num_experts)
         earlier = (others[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
-    before = tl.load(counts_ptr + tl.program_id(0) * (num_experts + 1) + ids)
+    before = tl.load(counts_ptr + chunk * (num_experts + 1) + ids)
     position = tl.load(offsets_ptr + ids) + before + rank
     inside = first + i < num_slots
     tl.store(slots_ptr + position, first + i, mask=inside)

@@ -18,7 +18,22 @@ from moe_kernels.integrations.transformers.experts import (
     warn_once,
 )
 
-NAME = "moe_kernels"
+
+class _Name(str):
+    """The name that configs of live models hold. Unpickled in a process that never called :func:`enable` (spawn,
+    torch.load), it registers itself: Transformers would know no such implementation."""
+
+    def __reduce__(self):
+        return _restore, ()
+
+
+def _restore() -> "_Name":
+    if NAME not in ExpertsInterface._global_mapping:
+        _register(None)
+    return NAME
+
+
+NAME = _Name("moe_kernels")
 FP8_REASON = "there are no FP8 kernels"
 _DEFAULT = "get_correct_experts_implementation"
 
@@ -63,9 +78,12 @@ def patch(model: nn.Module, recompute: str | None = None) -> nn.Module:
     ``copy.deepcopy`` and pickles; None means that of :func:`enable`.
 
     Raises:
+        TypeError: ``model`` is no nn.Module.
         ValueError: the model has no experts that Transformers lets be switched, or ``recompute`` is unknown.
     """
     _check_recompute(recompute)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     experts = [module for module in model.modules() if is_switchable(module)]
     if not experts:
         raise ValueError(
@@ -113,6 +131,8 @@ def _fp8_experts_forward(self, *args, **kwargs):
 def _prefer_ours(original):
     @functools.wraps(original)
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        if requested_experts == NAME:
+            requested_experts = NAME  # the one that can be pickled
         if requested_experts is None and is_registered() and self._can_set_experts_implementation():
             requested_experts = NAME
         return original(self, requested_experts)

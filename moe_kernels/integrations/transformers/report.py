@@ -84,6 +84,8 @@ def report(model: nn.Module) -> Report:
 
     The dtype is that of the weights, or autocast's when called inside autocast. Changes nothing and runs nothing.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"report: model must be a torch.nn.Module, got {type(model).__name__}")
     rows = []
     for name, module in model.named_modules():
         if is_switchable(module):
@@ -116,7 +118,10 @@ def _switchable(name: str, module: nn.Module) -> Row:
 
 def _other_implementation(implementation: str | None) -> str:
     if implementation == "grouped_mm":  # what Transformers fills in when nobody asks
-        return "built before moe_kernels was enabled; moe_kernels.patch(model) switches it"
+        return (
+            "holds Transformers' grouped_mm (built before moe_kernels was enabled, or chosen); "
+            "moe_kernels.patch(model) switches it"
+        )
     return f"experts_implementation={implementation!r} was chosen; moe_kernels.patch(model) switches it"
 
 
