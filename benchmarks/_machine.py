@@ -8,18 +8,23 @@ from moe_kernels.cli.machine import cpu, gpu, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = {".py", ".cu", ".cuh", ".h", ".cpp"}
+_COMMENTS = (b"#:", b"# ", b"//")
 
 
 def content_hash() -> str:
     """Hash of the kernels' sources: a result with another hash was measured on other code.
 
-    A git revision can't serve: it isn't known before the commit that holds the result.
+    Lines that are blank or only a comment don't count. A git revision can't serve: it isn't known before the commit
+    that holds the result.
     """
     digest = hashlib.sha256()
     for path in sorted(p for folder in ("moe_kernels", "csrc") for p in (ROOT / folder).rglob("*")):
         if path.suffix in _SOURCES and path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-            digest.update(path.read_bytes() + b"\0")
+            lines = (line.rstrip() for line in path.read_bytes().splitlines())
+            digest.update(
+                b"\n".join(line for line in lines if line and not line.lstrip().startswith(_COMMENTS)) + b"\0"
+            )
     return digest.hexdigest()[:16]
 
 
