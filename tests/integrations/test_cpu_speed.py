@@ -1,6 +1,7 @@
 """On a CPU the accelerated model costs no more than stock: people debug there before they rent a GPU."""
 
 import time
+from statistics import median
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def one_thread():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_is_as_fast_as_stock(dtype, enabled, one_thread):
-    """CPU time of one thread, best of N, alternating: what else the machine does changes neither."""
+    """CPU time of one thread, medians of alternating steps: what else the machine does meets both alike."""
     config = transformers.Qwen3MoeConfig(**{**FAMILIES["qwen3_moe"][1], **SIZES})
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     ids = tokens(2, 256)
@@ -42,9 +43,9 @@ def test_step_is_as_fast_as_stock(dtype, enabled, one_thread):
         return time.process_time() - start
 
     ours, stock = [], []
-    for _ in range(30):
+    for _ in range(40):
         ours.append(step("moe_kernels"))
         stock.append(step("grouped_mm"))
-        if len(ours) > 4 and min(ours) <= LIMIT * min(stock):
+        if len(ours) >= 11 and median(ours) <= LIMIT * median(stock):
             return
-    pytest.fail(f"{min(ours) * 1e3:.1f} ms against stock's {min(stock) * 1e3:.1f} ms, allowed {LIMIT}x")
+    pytest.fail(f"{median(ours) * 1e3:.1f} ms against stock's {median(stock) * 1e3:.1f} ms, allowed {LIMIT}x")

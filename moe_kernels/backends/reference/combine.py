@@ -14,10 +14,13 @@ def combine(
     dropped_TK = positions_TK < 0
     some_dropped = bool(dropped_TK.any())
     for k, positions in enumerate(positions_TK.clamp(min=0).unbind(1)):
-        row = y_RD[positions].to(acc)
-        if weights_TK is not None:
-            row = row * weights_TK[:, k, None].to(acc)
-        if some_dropped:  # not a product with 0: an unwritten row may hold NaN
+        row = y_RD.index_select(0, positions).to(acc)
+        weight = None if weights_TK is None else weights_TK[:, k, None].to(acc)
+        if some_dropped:  # not a product with 0: an unwritten row, or its weight, may hold NaN
             row = row.masked_fill(dropped_TK[:, k, None], 0)
-        total += row
+            weight = None if weight is None else weight.masked_fill(dropped_TK[:, k, None], 0)
+        if weight is None:
+            total += row
+        else:
+            total.addcmul_(row, weight)
     out_TD.copy_(total)

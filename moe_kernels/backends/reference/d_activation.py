@@ -33,7 +33,7 @@ def d_activation(
     d_weights_TK = torch.zeros(weights_TK.shape, dtype=acc, device=h_RN.device)
 
     # A' is written last, so its memory holds dA' until then.
-    product_per_expert(d_out_TD[slots // max(weights_TK.shape[1], 1)], w_down_EDI, a_RI, counts)
+    product_per_expert(d_out_TD.index_select(0, slots // max(weights_TK.shape[1], 1)), w_down_EDI, a_RI, counts)
     d_a, h = a_RI[:kept].to(acc), h_RN[:kept].to(acc)
     a = activate(h, activation)
     s = weights_TK.reshape(-1)[slots, None].to(acc)

@@ -26,12 +26,13 @@ def gate_up(
     counts = rows_per_expert(offsets_E1)
     kept = sum(counts)
     h_RN = x_TD.new_empty(slots_R.shape[0], w_END.shape[1])
-    product_per_expert(x_TD[slots_R[:kept] // max(top_k, 1)], w_END.mT, h_RN, counts)
+    product_per_expert(x_TD.index_select(0, slots_R[:kept] // max(top_k, 1)), w_END.mT, h_RN, counts)
     if bias_EN is not None:
         h_RN[:kept] += bias_EN.repeat_interleave(offsets_E1.diff(), 0, output_size=kept)
     a_RI = activate(h_RN[:0], activation)
     if store_a:
         a = activate(h_RN[:kept].to(accumulator(x_TD.dtype)), activation)
-        a_RI = x_TD.new_empty(h_RN.shape[0], a.shape[1])
-        a_RI[:kept] = a
+        a_RI = a if a.shape[0] == h_RN.shape[0] and a.dtype == h_RN.dtype else x_TD.new_empty(h_RN.shape[0], a.shape[1])
+        if a_RI is not a:
+            a_RI[:kept] = a
     return h_RN if store_h else h_RN[:0], a_RI

@@ -17,8 +17,8 @@ def grouped_wgrad(
 ) -> tuple[Tensor, Tensor]:
     counts = rows_per_expert(offsets_E1)
     tokens_R = slots_R[: sum(counts)] // max(top_k, 1)
-    left = lhs[tokens_R] if gather == "lhs" else lhs[: sum(counts)]
-    right = rhs[tokens_R] if gather == "rhs" else rhs[: sum(counts)]
+    left = lhs.index_select(0, tokens_R) if gather == "lhs" else lhs[: sum(counts)]
+    right = rhs.index_select(0, tokens_R) if gather == "rhs" else rhs[: sum(counts)]
     exact = torch.promote_types(lhs.dtype, out_dtype)  # an fp32 gradient of bf16 operands is not rounded to bf16
     dw_EMN = lhs.new_empty((len(counts), lhs.shape[1], rhs.shape[1]), dtype=exact)
     for a, b, dw in zip(left.to(exact).split(counts), right.to(exact).split(counts), dw_EMN.unbind()):
