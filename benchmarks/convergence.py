@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._machine import ROOT, machine, results_dir
+from moe_kernels.bench.machine import machine
+from moe_kernels.bench.results import ROOT, results_dir
 from moe_kernels.cli.tiny_model import byte_tokenizer
 
 MOST_DIFFERENCE_PERCENT = 1.0

@@ -16,10 +16,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks._machine import machine, results_dir
-from benchmarks._measure import Measured, bound_ms, copy_rate, matmul_rate, measure
-from benchmarks._shapes import SHAPES, Shape, routing
 from moe_kernels import enable, use_backend
+from moe_kernels.bench.machine import machine
+from moe_kernels.bench.measure import Measured, bound_ms, copy_rate, matmul_rate, measure
+from moe_kernels.bench.results import results_dir
+from moe_kernels.bench.shapes import SHAPES, Shape, routing
 from moe_kernels.functional import moe_experts, routing_plan
 
 STOCK = "grouped_mm"

@@ -6,7 +6,7 @@ Everything between the two markers is made here; ``tests/test_readme.py`` fails 
 import json
 from pathlib import Path
 
-from benchmarks._machine import ROOT
+from moe_kernels.bench.results import ROOT
 
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"

@@ -11,9 +11,9 @@ from moe_kernels import backends
 PACKAGE = Path(moe_kernels.__file__).parent
 
 #: From the top down. A layer may import the ones below it, never one above or beside.
-LAYERS = ("cli", "integrations", "modules", "distributed", "functional", "ops", "backends")
+LAYERS = ("cli", "bench", "integrations", "modules", "distributed", "functional", "ops", "backends")
 #: Who may import what, beside its own layer and the ones below.
-FOREIGN = {"transformers": ("integrations", "cli"), "triton": ("backends", "cli")}
+FOREIGN = {"transformers": ("integrations", "bench", "cli"), "triton": ("backends", "bench", "cli")}
 #: Entry points: thin, and above everything.
 TOP = ("__init__.py", "__main__.py", "auto.py")
 

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from moe_kernels.cli import RunError, UsageError, checkpoint, data, first_line, info, machine, require, results
+from moe_kernels.bench import machine
+from moe_kernels.cli import RunError, UsageError, checkpoint, data, first_line, info, require, results
 from moe_kernels.cli.output import SUMMARY, OutputDir
 
 _HERE = Path(__file__).parent

@@ -3,7 +3,8 @@
 import argparse
 import json
 
-from moe_kernels.cli import UsageError, machine, require
+from moe_kernels.bench import machine
+from moe_kernels.cli import UsageError, require
 
 # Widths of a common expert (Qwen3-30B-A3B); only their alignment matters to the choice.
 _WIDTHS = (2048, 768)

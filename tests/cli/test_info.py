@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moe_kernels import __version__, backends
-from moe_kernels.cli import info, machine
+from moe_kernels.bench import machine
+from moe_kernels.cli import info
 
 
 def run(*arguments, **environment):

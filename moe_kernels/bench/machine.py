@@ -1,9 +1,40 @@
-"""What a result was measured on: versions, GPU, driver, extension module."""
+"""What a result was measured on: versions, GPU, driver, extension module, and the content hash of the kernels."""
 
+import hashlib
 import importlib
 import importlib.metadata
 import platform
 import subprocess
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_SOURCES = {".py", ".cu", ".cuh", ".h", ".cpp"}
+_COMMENTS = (b"#:", b"# ", b"//")
+#: What is never timed: the reference backend, the command line, the clocks themselves.
+_UNTIMED = {"reference", "cli", "bench"}
+
+
+def machine() -> dict:
+    """Processor, driver, versions and the content hash, as a result file records them."""
+    return {"gpu": gpu(), "cpu": cpu(), "versions": versions(), "content_hash": content_hash()}
+
+
+def content_hash() -> str:
+    """Hash of the kernels' sources and of the code around them: a result with another hash was measured on other code.
+
+    Counts ``moe_kernels/`` and, in a checkout, ``csrc/``; not lines that are blank or only a comment. A git revision
+    can't serve: it isn't known before the commit that holds the result.
+    """
+    digest = hashlib.sha256()
+    root = _PACKAGE.parent
+    for path in sorted(p for folder in (_PACKAGE, root / "csrc") for p in folder.rglob("*")):
+        name = path.relative_to(root)
+        if path.suffix not in _SOURCES or not path.is_file() or _UNTIMED & set(name.parts):
+            continue
+        digest.update(name.as_posix().encode() + b"\0")
+        lines = (line.rstrip() for line in path.read_bytes().splitlines())
+        digest.update(b"\n".join(line for line in lines if line and not line.lstrip().startswith(_COMMENTS)) + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def versions() -> dict[str, str | None]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks._shapes import Shape
+from moe_kernels.bench.shapes import Shape
 
 MIB = 2**20
 
