@@ -1,10 +1,10 @@
 """Result files: ``benchmarks/results/<gpu>/<topic>.json`` in a checkout, each row with what it was measured on.
 
-    {"machines": {key: machine line}, "rows": {"experts/qwen3-30b/uniform/moe_kernels": {"step_ms": ms, "machine": key}}}
+    {"machines": {key: line}, "rows": {"experts/qwen3-30b/uniform/moe_kernels": {"step_ms": 7.5, "machine": key}}}
 
 A row's name says what was measured, from the general to the particular; its values are plain numbers or words.
-Measuring a row again replaces it and leaves the others, so a file may hold rows of several runs, each with its own machine line
-(GPU, driver, versions, content hash, copy and matmul rate of that run).
+Measuring a row again replaces it and leaves the others, so a file may hold rows of several runs, each with its own
+machine line (GPU, driver, versions, content hash, copy and matmul rate of that run).
 """
 
 import hashlib
