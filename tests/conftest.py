@@ -99,6 +99,20 @@ def target(request, monkeypatch):
     _forget_choices()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A forced backend may decline a case of its op: that is said as the reason of a skip.
+
+    What a backend must not decline, its own tests hold (tests/gpu/test_hopper.py).
+    """
+    try:
+        return (yield)
+    except RuntimeError as error:
+        if "target" in pyfuncitem.fixturenames and backends.DECLINED in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 def _forget_choices():
     """What the device can run depends on the interpreter's variable, which the library reads once."""
     backends._resolve.cache_clear()

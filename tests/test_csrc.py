@@ -19,12 +19,13 @@ CSRC = ROOT / "csrc"
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
 ARCHS = re.search(r'DEFAULT_ARCHS "([\d;a]+)"', CMAKE)[1].split(";")
 KERNEL_FILES = sorted(path.name for path in CSRC.glob("*.cu"))
+HOPPER_FILES = set(re.findall(r"csrc/(\w+\.cu)", re.search(r"set\(SM90_SOURCES(.*?)\)", CMAKE, re.DOTALL)[1]))
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
 def nvcc(*arguments) -> str:
-    command = ["nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", *map(str, arguments)]
+    command = ["nvcc", "-std=c++17", "-O3", "-I", str(CSRC), "-Werror", "all-warnings", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -45,7 +46,7 @@ def test_every_op_of_the_backend_has_its_files():
 
 
 def test_no_torch():
-    for path in CSRC.iterdir():
+    for path in filter(Path.is_file, CSRC.rglob("*")):
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10)", path.read_text()), path.name
 
 
@@ -53,10 +54,11 @@ def test_no_torch():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNEL_FILES)
 def test_compiles_for_every_architecture_without_spills(name, tmp_path):
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    archs = ["90a"] if name in HOPPER_FILES else ARCHS
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     report = nvcc("-c", *targets, "-Xptxas=-v", CSRC / name, "-o", tmp_path / "kernels.o")
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(spills) >= len(ARCHS)
+    assert len(spills) >= len(archs)
     assert set(spills) == {("0", "0", "0")}, report
 
 
@@ -83,6 +85,7 @@ def extension(monkeypatch):
         architectures = "80,90,100,120"
         cuda_version = "13.0"
         driver_version = staticmethod(lambda: 13000)
+        sm90 = True
 
     def forget():
         for function in (_extension.unavailable, _extension.dtype_codes):
@@ -150,3 +153,34 @@ def test_supports_names_the_reason(extension, monkeypatch):
     assert backends.why_not("cuda", "combine", gpu) is None
     assert "float64" in backends.why_not("cuda", "combine", gpu._replace(dtype=torch.float64))
     assert "width 12 is not a multiple of 8" in backends.why_not("cuda", "combine", gpu._replace(dims=(64, 12)))
+
+
+HOPPER = backends.Problem(torch.device("cuda"), torch.bfloat16, (128, 72), block_m=128)
+
+
+@pytest.mark.parametrize("op", ["gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"])
+@pytest.mark.parametrize(
+    "capability, change, reason",
+    [
+        ((9, 0), {}, None),
+        ((10, 0), {}, "is for Hopper"),
+        ((9, 0), {"dtype": torch.float16}, "takes bfloat16, not float16"),
+        ((9, 0), {"block_m": 64}, "the plan has 64"),
+        ((9, 0), {"traits": ("bias", "activation geglu")}, "has no bias, activation geglu"),
+        ((9, 0), {"dims": (72, 128)}, "multiple of 64, not 72"),
+    ],
+)
+def test_what_the_hopper_kernels_take(extension, monkeypatch, op, capability, change, reason):
+    monkeypatch.setattr("moe_kernels.backends.cuda._device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = backends.why_not("cuda", op, HOPPER._replace(**change))
+    if "dims" in change and op not in ("gate_up", "d_activation"):
+        reason = None  # nothing is gathered, or a mask is at hand
+    assert found is None if reason is None else reason in found
+
+
+def test_built_without_the_hopper_kernels(extension, monkeypatch):
+    monkeypatch.setattr("moe_kernels.backends.cuda._device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    extension.sm90 = False
+    assert "without its Hopper kernels" in backends.why_not("cuda", "gate_up", HOPPER)

@@ -36,7 +36,7 @@ OPS = (
 
 #: Which backend has which op; the module is ``backends/<backend>/<op>.py`` (a ``_bwd`` lives beside its forward).
 IMPLEMENTS = {
-    "cuda": frozenset({"routing_plan", "combine"}),
+    "cuda": frozenset({"routing_plan", "combine", "gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"}),
     "triton": frozenset(OPS) - {"topk_route", "topk_route_bwd"},
     "reference": frozenset(OPS),
 }
@@ -46,11 +46,15 @@ class Problem(NamedTuple):
     """What the choice of a backend may depend on.
 
     ``dtype`` is None where the op has no floating data; ``dims`` are the widths that kernels want aligned (D, I).
+    ``block_m`` is the plan's rows a tile, 0 for an op without row tiles. ``traits`` say what is asked for beyond the
+    plainest call: "bias", "activation geglu", "gather none", "float32 result", "transposed weights".
     """
 
     device: torch.device
     dtype: torch.dtype | None
     dims: tuple[int, ...]
+    block_m: int = 0
+    traits: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -58,6 +62,8 @@ class Choice(NamedTuple):
     function: Callable
     passed_over: tuple[tuple[str, str], ...]  # (backend, why not), in the order they were asked
 
+
+DECLINED = "the forced backend can't run on"
 
 _forced: str | None = None
 
@@ -114,9 +120,9 @@ def _resolve(op: str, problem: Problem, forced: str | None) -> Choice:
             return Choice(backend, getattr(module, op), tuple(passed_over))
         passed_over.append((backend, reason))
     reasons = "; ".join(f"{backend}: {reason}" for backend, reason in passed_over)
-    raise RuntimeError(f"{op}: the forced backend can't run on {_describe(problem)} ({reasons})")
+    raise RuntimeError(f"{op}: {DECLINED} {_describe(problem)} ({reasons})")
 
 
 def _describe(problem: Problem) -> str:
     dtype = str(problem.dtype).removeprefix("torch.") if problem.dtype else "no floating data"
-    return f"{problem.device}, {dtype}, widths {list(problem.dims)}"
+    return ", ".join([str(problem.device), dtype, f"widths {list(problem.dims)}", *problem.traits])

@@ -3,12 +3,12 @@
 Forward                                             Backward, given dO
     H = gather(X) . W_gate_up^T   (saved)               dA' = gather(dO) . W_down   -> dS, A' = s A, dH over H
     A = act(H)                    (freed)               dW_down = gather(dO)^T . A'          then A' is freed
-    Y = A . W_down^T              (freed)               dX = sum over k of dH . W_gate_up    a few columns at a time
+    Y = A . W_down^T              (freed)               dX = sum over k of dH . W_gate_up
     O = sum over k of s Y                               dW_gate_up = dH^T . gather(X)
 
 Two autograd Functions, so that dW_down is accumulated and freed before dW_gate_up exists. Between forward and backward
 live X, H, the plan and the routing weights. Source of the algorithm: SonicMoE (arXiv 2512.14080); in-place dH, the
-order and the column chunks are ours. Shape letters: T K R E D I, and N = 2I (gated) or I.
+order and the column chunks of large Y and dX are ours. Shape letters: T K R E D I, and N = 2I (gated) or I.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """d_activation: the product that opens the backward, and everything that hangs on it.
 
-    dA'[r] = dO[token(r)] . W_down[e]           unscaled, [R, I], never leaves the chip
+    dA'[r] = dO[token(r)] . W_down[e]           unscaled, [R, I]
     A[r]   = act(H[r]),  s = weights[slot(r)]
     A'[r]  = s * A[r]                           what dW_down needs beside dO
     dS     = <dA'[r], A[r]>                     gradient of the routing weight (without a down bias)
@@ -16,7 +16,7 @@ import torch
 from moe_kernels.backends import Problem
 from moe_kernels.ops import _contract as c
 from moe_kernels.ops._library import define
-from moe_kernels.ops.gate_up import activation_width, check_plan
+from moe_kernels.ops.gate_up import activation_width, check_plan, traits
 
 
 def _check(d_out_TD, w_down_EDI, h_RN, weights_TK, offsets_E1, slots_R, tiles_2M, block_m, activation):
@@ -54,8 +54,9 @@ def _kernel_apart(run, d_out, w_down, h, *rest):
 _ARGUMENTS = "Tensor weights, Tensor offsets, Tensor slots, Tensor tiles, int block_m, str activation) -> "
 
 
-def _problem(d_out, w_down, *_):
-    return Problem(d_out.device, d_out.dtype, (w_down.shape[1], w_down.shape[2]))
+def _problem(d_out, w_down, h, weights, offsets, slots, tiles, block_m, activation):
+    dims = (w_down.shape[1], w_down.shape[2])
+    return Problem(d_out.device, d_out.dtype, dims, block_m, traits(w_down, activation=activation))
 
 
 define(

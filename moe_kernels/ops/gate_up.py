@@ -18,6 +18,16 @@ def activation_width(n: int, activation: str) -> int:
     return n // 2 if c.is_gated(activation) else n
 
 
+def traits(w, *, bias: bool = False, activation: str = "swiglu") -> tuple[str, ...]:
+    """What is asked for beyond the plainest product with ``w``; see :class:`Problem`."""
+    asked = {
+        "bias": bias,
+        f"activation {activation}": activation != "swiglu",
+        "transposed weights": w.stride(2) != 1,
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
+
+
 def check_plan(op, data, offsets_E1, tiles_2M, block_m, num_experts, rows):
     """The plan tensors are of one plan for ``rows`` rows: kernels trust the rows and experts that the tiles name."""
     c.check_offsets(op, offsets_E1, data)
@@ -61,6 +71,10 @@ define(
     check=_check,
     fake=_fake,
     problem=lambda x, w, bias, o, s, t, block_m, top_k, activation, *_: Problem(
-        x.device, x.dtype, (x.shape[1], activation_width(w.shape[1], activation))
+        x.device,
+        x.dtype,
+        (x.shape[1], activation_width(w.shape[1], activation)),
+        block_m,
+        traits(w, bias=bias is not None, activation=activation),
     ),
 )

@@ -8,7 +8,7 @@ columns at a time by passing that slice.
 from moe_kernels.backends import Problem
 from moe_kernels.ops import _contract as c
 from moe_kernels.ops._library import define
-from moe_kernels.ops.gate_up import check_plan
+from moe_kernels.ops.gate_up import check_plan, traits
 
 
 def _check(a_RC, w, bias_EN, offsets_E1, tiles_2M, block_m, trans_w):
@@ -28,5 +28,7 @@ define(
     "grouped_gemm(Tensor a, Tensor w, Tensor? bias, Tensor offsets, Tensor tiles, int block_m, bool trans_w) -> Tensor",
     check=_check,
     fake=lambda a, w, bias, offsets, tiles, block_m, trans_w: a.new_empty(a.shape[0], w.shape[1 if trans_w else 2]),
-    problem=lambda a, w, *_: Problem(a.device, a.dtype, (w.shape[1], w.shape[2])),
+    problem=lambda a, w, bias, o, t, block_m, trans_w: Problem(
+        a.device, a.dtype, (w.shape[1], w.shape[2]), block_m, traits(w, bias=bias is not None)
+    ),
 )

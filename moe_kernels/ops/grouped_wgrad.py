@@ -38,10 +38,17 @@ def _fake(lhs, rhs, offsets_E1, slots_R, top_k, gather, sum_lhs, out_dtype):
     )
 
 
+def _problem(lhs, rhs, offsets_E1, slots_R, top_k, gather, sum_lhs, out_dtype):
+    result = str(out_dtype).removeprefix("torch.")
+    asked = {"gather none": gather == "none", "row sums": sum_lhs, f"{result} result": out_dtype != lhs.dtype}
+    traits = tuple(name for name, is_asked in asked.items() if is_asked)
+    return Problem(lhs.device, lhs.dtype, (lhs.shape[1], rhs.shape[1]), traits=traits)
+
+
 define(
     "grouped_wgrad(Tensor lhs, Tensor rhs, Tensor offsets, Tensor slots, int top_k, str gather, bool sum_lhs, "
     "ScalarType out_dtype) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    problem=lambda lhs, rhs, *_: Problem(lhs.device, lhs.dtype, (lhs.shape[1], rhs.shape[1])),
+    problem=_problem,
 )

@@ -16,6 +16,8 @@ CASES = [
     Case(80, 2, 8, 24, 200, routing="empty", block_m=64),
     Case(17, 2, 4, 40, 24, routing="all_dropped", block_m=16),
     Case(90, 4, 3, 64, 72, "relu2", routing="duplicates", block_m=64),
+    Case(300, 2, 3, 128, 200, block_m=128),
+    Case(150, 3, 5, 64, 72, routing="sentinels", block_m=128),
 ]
 
 

@@ -1,4 +1,7 @@
-"""CUDA C++ kernels of the extension module ``moe_kernels._C``, in float32, bfloat16 and float16.
+"""CUDA C++ kernels of the extension module ``moe_kernels._C``.
+
+``routing_plan`` and ``combine`` run on every architecture, in float32, bfloat16 and float16; the products over an
+expert's rows on Hopper, in bfloat16, for what most models ask of them (``_hopper``). Triton does the rest.
 
 The extension is optional: built without nvcc, or on a machine whose driver or GPU it can't serve, the package works
 and ``supports`` says why this backend does not.
@@ -20,6 +23,30 @@ def supports(op: str, problem) -> str | None:
     for size in problem.dims:
         if size % 8:
             return f"width {size} is not a multiple of 8"
+    return _hopper(op, problem) if op in _HOPPER else None
+
+
+_HOPPER = {"gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"}
+#: Gathered rows are copied 64 columns at a time without a mask; these ops gather rows of width dims[0].
+_GATHERS = {"gate_up", "d_activation"}
+#: Beyond the plainest call.
+_HOPPER_TRAITS = {("grouped_wgrad", "float32 result")}
+
+
+def _hopper(op: str, problem) -> str | None:
+    if torch.cuda.get_device_capability(problem.device)[0] != 9:
+        return "this kernel is for Hopper (compute capability 9.0)"
+    if not _extension.has_sm90():
+        return "the extension was built without its Hopper kernels (MOE_KERNELS_CUDA_ARCHS lacks 90)"
+    if problem.dtype != torch.bfloat16:
+        return f"the Hopper kernel takes bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    refused = [trait for trait in problem.traits if (op, trait) not in _HOPPER_TRAITS]
+    if refused:
+        return f"the Hopper kernel has no {', '.join(refused)}"
+    if problem.block_m not in (0, 128):
+        return f"the Hopper kernel makes tiles of 128 rows, the plan has {problem.block_m} (few rows an expert)"
+    if op in _GATHERS and problem.dims[0] % 64:
+        return f"the Hopper kernel gathers rows of a multiple of 64, not {problem.dims[0]}"
     return None
 
 

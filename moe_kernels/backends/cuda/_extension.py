@@ -82,5 +82,53 @@ def launch(name: str, device: torch.device, **arguments) -> None:
         getattr(_load(), name)(**arguments, stream=torch.cuda.current_stream(device).cuda_stream)
 
 
+def has_sm90() -> bool:
+    """Whether the Hopper kernels were compiled."""
+    extension = _load()
+    return not isinstance(extension, ImportError) and extension.sm90
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch_sm90(name: str, device: torch.device, **arguments) -> None:
+    """The same for a kernel that puts one block on each multiprocessor."""
+    launch(name, device, **arguments, num_sms=_num_sms(device))
+
+
+def plan_of(offsets_E1, slots_R, tiles_2M, rows: int, top_k: int):
+    """The routing plan as ``_C`` takes it; slots or tiles may be None where a kernel has no use for them."""
+    return _load().Plan(
+        offsets=address(offsets_E1),
+        slots=address(slots_R),
+        tiles=address(tiles_2M),
+        num_tiles=0 if tiles_2M is None else tiles_2M.shape[1],
+        num_experts=offsets_E1.shape[0] - 1,
+        num_rows=rows,
+        top_k=top_k,
+        # Freed at once: whatever gets this memory next comes after the kernel in the stream.
+        counter=address(offsets_E1.new_empty(1)),
+    )
+
+
+def weights_of(w: torch.Tensor):
+    """Weights [E, rows, columns] as ``_C`` takes them."""
+    return _load().Weights(
+        data=address(w), rows=w.shape[1], columns=w.shape[2], row_stride=w.stride(1), expert_stride=w.stride(0)
+    )
+
+
+def aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its rows can be read 16 bytes at a time, as every slice of ours can; else a copy."""
+    ok = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    # The stride of a single row says nothing, and torch leaves it as it happens to be.
+    strides = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
+    if ok and all(stride * tensor.element_size() % 16 == 0 or size <= 1 for stride, size in strides):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

@@ -1,20 +1,19 @@
-import torch
 from torch import Tensor
 
-from moe_kernels.backends.cuda._extension import address, dtype_codes, launch
+from moe_kernels.backends.cuda._extension import address, aligned_rows, dtype_codes, launch
 
 
 def combine(
     out_TD: Tensor, y_RD: Tensor, positions_TK: Tensor, weights_TK: Tensor | None, residual_TD: Tensor | None
 ) -> None:
-    target_TD = _vectorizable(out_TD)
-    y_RD = _vectorizable(y_RD)
+    target_TD = aligned_rows(out_TD)
+    y_RD = aligned_rows(y_RD)
     if weights_TK is not None:
         weights_TK = weights_TK.contiguous()
         if weights_TK.dtype not in dtype_codes():
             weights_TK = weights_TK.float()
     if residual_TD is not None:
-        residual_TD = _vectorizable(residual_TD)
+        residual_TD = aligned_rows(residual_TD)
 
     launch(
         "combine",
@@ -35,11 +34,3 @@ def combine(
     )
     if target_TD is not out_TD:
         out_TD.copy_(target_TD)
-
-
-def _vectorizable(x: Tensor) -> Tensor:
-    """The tensor itself where its rows can be read 16 bytes at a time, as every slice of ours can; else a copy."""
-    row_bytes = x.stride(0) * x.element_size()
-    if x.stride(1) == 1 and x.data_ptr() % 16 == 0 and (row_bytes % 16 == 0 or x.shape[0] <= 1):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,24 @@
+// grouped_gemm on Hopper: see grouped_gemm.cu. Elements are bfloat16, rows 16-byte aligned, widths multiples of 8.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "plan.h"
+#include "weights.h"
+
+namespace moe_kernels {
+
+struct GroupedGemmArguments {
+    void* y;        // [R, N] contiguous
+    const void* a;  // [R, C]
+    int64_t a_stride;
+    Weights w;               // [E, N, C], or [E, C, N] if across
+    bool across;             // the reduction runs across W's rows
+    int64_t width, reduced;  // N, C
+};
+
+void grouped_gemm(const GroupedGemmArguments& arguments, const Plan& plan, int num_sms, cudaStream_t stream);
+
+}  // namespace moe_kernels

@@ -1,0 +1,362 @@
+// grouped_wgrad: dW[e] = sum over the rows r of expert e of lhs(r)^T . rhs(r), one side gathered by token.
+//
+//     lhs [R or T, M], rhs [R or T, N] -> dW [E, M, N]
+//
+// Tiling as in sm90/varlen_m.cuh, but the reduction runs over an expert's rows, 64 at a time, so both operands lie
+// across it. A block makes 128 columns of the gathered side times 256 of the contiguous side; a cluster's two blocks
+// make neighbouring 128 columns of the gathered side and share the contiguous tile, each fetching half of it for both.
+// The contiguous side comes by the copy engine, the gathered side by cp.async of the producer's 128 threads: fewer of
+// those in this orientation. Where the gathered side is rhs the accumulator is dW transposed, and is turned on its way
+// to shared memory. In an expert's last, ragged step both sides come by cp.async, which puts zeros in place of rows
+// past the end: those belong to the next expert, or to nobody and may hold anything. An expert without rows takes one
+// step of zeros. One block adds up a tile from first row to last, so the sum has one order.
+
+#include <algorithm>
+#include <type_traits>
+
+#include "grouped_wgrad.h"
+#include "sm90/chunk.cuh"
+#include "sm90/pipeline.cuh"
+#include "tensor_map.h"
+
+namespace moe_kernels {
+namespace {
+
+constexpr int kStages = 4;
+constexpr int kBuffers = 2;
+constexpr int kStagingBytes = kConsumers * kBuffers * kChunkBytes;
+constexpr int kBlockBytes = kTileK * kRowBytes;  // 64 rows of the reduction x 64 columns, 8 KB
+
+struct Wgrad {
+    CUtensorMap contiguous_map;  // [1, R, contiguous_width], box [1, 64, 64]
+    CUtensorMap dw;              // [E, M, N], box [1, 64, 128 bytes]
+    const void *gathered, *contiguous;
+    int gathered_stride, contiguous_stride;  // elements
+    int gathered_width, contiguous_width, m, n;
+    const int* offsets;
+    const int* slots;
+    Divisor top_k;
+    int num_experts, num_pairs, num_columns;  // pairs of gathered tiles, contiguous tiles
+    int* counter;                             // of tiles drawn, zero before the launch
+};
+
+// The rows of an expert, a pair of tiles of the gathered side, a tile of the contiguous side; the expert is kStop after
+// the last.
+struct alignas(16) WgradTile {
+    int expert, begin, end;
+    short pair, column;
+
+    __device__ __forceinline__ int steps() const { return max((end - begin + kTileK - 1) / kTileK, 1); }
+};
+
+// The drawing thread's side of the ring of tiles; see sm90/varlen_m.cuh. All tiles of an expert before the next
+// expert's.
+struct WgradDraw {
+    int number;
+    WgradTile tile;
+
+    __device__ __forceinline__ void draw(const Wgrad& p) { number = atomicAdd(p.counter, 1) + gridDim.x / kCluster; }
+
+    __device__ __forceinline__ void look_up(const Wgrad& p) {
+        const int per_expert = p.num_pairs * p.num_columns;
+        const int expert = number / per_expert, within = number % per_expert;
+        tile = {kStop, 0, 0, 0, 0};
+        if (expert < p.num_experts) {
+            tile = {expert, __ldg(p.offsets + expert), __ldg(p.offsets + expert + 1),
+                    static_cast<short>(within % p.num_pairs), static_cast<short>(within / p.num_pairs)};
+        }
+    }
+
+    __device__ __forceinline__ void publish(TileRing<WgradTile>& ring, int j) const {
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ring.publish(j, tile, rank);
+    }
+};
+
+// A producer thread's share of a [64, 64 * kColumnBlocks] tile: which 16-byte pieces of which rows.
+//
+// kPieces lanes cover a row, so a warp copies kRowsAtOnce rows at a time, in kTurns turns, sixteen rows in all. Lane
+// i < 16 keeps the number (token or row) of the warp's i-th row.
+template <int kColumnBlocks>
+struct Side {
+    static constexpr int kPieces = 8 * kColumnBlocks;        // 16 or 32
+    static constexpr int kRowsAtOnce = kWarpSize / kPieces;  // 2 or 1
+    static constexpr int kTurns = 16 / kRowsAtOnce;          // 8 or 16
+
+    int lane, first_row;  // of turn 0
+    uint32_t at[2];       // where its piece goes in even and odd turns, apart from the turn's rows
+
+    __device__ __forceinline__ Side(int warp, int l) : lane(l), first_row(kRowsAtOnce * warp + l / kPieces) {
+        const int piece = lane % kPieces;
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+            const int row = first_row + odd * 4 * kRowsAtOnce;
+            at[odd] = piece / 8 * kBlockBytes + swizzled(row, piece % 8) - odd * 4 * kRowsAtOnce * kRowBytes;
+        }
+    }
+
+    // The row of the tile that lane i < 16 keeps the number of.
+    static __device__ __forceinline__ int kept_row(int warp, int i) {
+        return kRowsAtOnce * warp + i % kRowsAtOnce + 4 * kRowsAtOnce * (i / kRowsAtOnce);
+    }
+
+    __device__ __forceinline__ int column() const { return lane % kPieces * 8; }
+
+    // `data`: this thread's column of the tensor's row 0. kWhole: every row and column exists; else a row numbered -1
+    // and a column that is not `inside` become zeros.
+    template <bool kWhole, typename T>
+    __device__ __forceinline__ void copy(uint32_t to, const T* data, int stride, int number, bool inside) const {
+#pragma unroll
+        for (int turn = 0; turn < kTurns; ++turn) {
+            const int row = __shfl_sync(kFullWarp, number, turn * kRowsAtOnce + lane / kPieces);
+            const uint32_t address = to + at[turn % 2] + turn * 4 * kRowsAtOnce * kRowBytes;
+            if (kWhole) {
+                ptx::cp_async_16(address, data + static_cast<int64_t>(row) * stride);
+            } else {
+                const bool exists = inside && row >= 0;
+                ptx::cp_async_16_or_zero(address, exists ? data + static_cast<int64_t>(row) * stride : data, exists);
+            }
+        }
+    }
+};
+
+// Sixteen by 64 results of a warp into a chunk [64 contiguous columns, 64 gathered columns]: dW transposed, turned.
+template <typename T>
+__device__ __forceinline__ void write_chunk_transposed(uint32_t chunk, int warp, int lane, const float* values) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = 4 * j + 2 * i;
+            words[i] = from_floats(values[at], values[at + 1], static_cast<const T*>(nullptr));
+        }
+        const int row = 8 * (j + (lane >> 4)) + (lane & 7);
+        ptx::stmatrix_x4_transposed(chunk + swizzled(row, 2 * warp + (lane >> 3 & 1)), words);
+    }
+}
+
+// A block of 64 contiguous columns in float: two chunks [64 rows, 32 columns]. Upright, they are left and right of each
+// other in dW; transposed, its gathered columns are 32 of warps 0 and 1, and 32 of warps 2 and 3.
+template <bool kTransposed>
+__device__ __forceinline__ void write_float_chunks(uint32_t chunks, int warp, int lane, const float* values) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+        const int g = 16 * warp + lane / 4 + 8 * (i / 2 % 2), c = 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+        const int row = kTransposed ? c : g, column = kTransposed ? g : c;
+        const uint32_t at = column / 32 * kChunkBytes + swizzled(row, column % 32 / 4) + column % 4 * 4;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(chunks + at), "f"(values[i]) : "memory");
+    }
+}
+
+template <typename T, typename Out, bool kGatherLhs>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
+    grouped_wgrad_kernel(const __grid_constant__ Wgrad p) {
+    extern __shared__ unsigned char memory[];
+    unsigned char* stages = aligned(memory);
+    unsigned char* staging = stages + kStages * kStageBytes;
+    auto& tiles = *reinterpret_cast<TileRing<WgradTile>*>(staging + kStagingBytes);
+    uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
+    uint64_t* empty = full + kStages;
+    init_rings<kStages>(tiles, full, empty, kWarpgroup + 1);
+
+    const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    const int rank = ptx::cluster_rank();
+    Ring<kStages> ring;
+
+    if (warpgroup == 0) {
+        give_registers<88>();
+        const bool draws = thread == 0 && rank == 0;
+        WgradDraw next;
+        if (thread == 0) tiles.expect(0);
+        if (draws) {
+            next.number = blockIdx.x / kCluster;
+            next.look_up(p);
+            next.publish(tiles, 0);
+        }
+        const Side<kTileM / 64> narrow(warp, lane);
+        const Side<kTileN / 64> wide(warp, lane);
+        const int kept_narrow = narrow.kept_row(warp, lane % 16), kept_wide = wide.kept_row(warp, lane % 16);
+        const T* gathered = static_cast<const T*>(p.gathered) + narrow.column();
+        const T* contiguous = static_cast<const T*>(p.contiguous) + wide.column();
+        // The slot of this lane's row of the step that begins at `row`; a row past the end repeats the last one.
+        auto slot_of = [&](const WgradTile& of, int row) {
+            return of.begin < of.end ? __ldg(p.slots + min(row + kept_narrow, of.end - 1)) : 0;
+        };
+        WgradTile tile = tiles.wait(0);
+        int slot = slot_of(tile, tile.begin);
+        for (int j = 0; tile.expert != kStop; ++j) {
+            const int g = (kCluster * tile.pair + rank) * kTileM, c = tile.column * kTileN;
+            const bool inside = g + narrow.column() < p.gathered_width;
+            const bool all_columns = g + kTileM <= p.gathered_width;
+            const int steps = tile.steps();
+            WgradTile coming;
+            if (thread == 0) tiles.expect(j + 1);
+            for (int k = 0; k < steps; ++k, ring.advance()) {
+                const int row = tile.begin + k * kTileK;
+                const int token = p.top_k.divide(slot);
+                if (draws) {
+                    if (k == 0) next.draw(p);
+                    if (k == steps / 3) next.look_up(p);
+                    if (k == steps * 2 / 3) next.publish(tiles, j + 1);
+                }
+                if (k < steps - 1) {
+                    slot = slot_of(tile, row + kTileK);
+                } else {
+                    coming = tiles.wait(j + 1);
+                    slot = slot_of(coming, coming.begin);
+                }
+                const bool whole = row + kTileK <= tile.end;
+                unsigned char* a = stages + ring.stage * kStageBytes;
+                unsigned char* b = a + kABytes;
+                uint64_t* barrier = full + ring.stage;
+                ptx::mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
+                if (thread == 0) {
+                    ptx::mbarrier_arrive_expect(barrier, whole ? kBBytes : 0);
+                    if (whole) {
+#pragma unroll
+                        for (int i = 0; i < kTileN / 64 / kCluster; ++i) {
+                            const int block = rank * (kTileN / 64 / kCluster) + i;
+                            ptx::tma_load_3d_multicast(b + block * kBlockBytes, &p.contiguous_map, barrier,
+                                                       c + 64 * block, row, 0, 3);
+                        }
+                    }
+                }
+                if (whole && all_columns) {
+                    narrow.template copy<true>(ptx::shared_address(a), gathered + g, p.gathered_stride, token, true);
+                } else {
+                    const int rows = tile.end - row;  // of this step; 64 or more is all
+                    narrow.template copy<false>(ptx::shared_address(a), gathered + g, p.gathered_stride,
+                                                kept_narrow < rows ? token : -1, inside);
+                    if (!whole) {
+                        wide.template copy<false>(ptx::shared_address(b), contiguous + c, p.contiguous_stride,
+                                                  kept_wide < rows ? row + kept_wide : -1,
+                                                  c + wide.column() < p.contiguous_width);
+                    }
+                }
+                ptx::mbarrier_arrive_after_copies(barrier);
+            }
+            tile = coming;
+        }
+    } else {
+        take_registers<208>();
+        const int consumer = warpgroup - 1;
+        unsigned char* chunks = staging + consumer * kBuffers * kChunkBytes;
+        // To both producers: either one's copies may fill the stage next.
+        auto give_back = [&](int stage) {
+#pragma unroll
+            for (int to = 0; to < kCluster; ++to) ptx::mbarrier_arrive_in(empty + stage, to);
+        };
+        for (int j = 0;; ++j) {
+            const WgradTile tile = tiles.wait(j);
+            if (tile.expert == kStop) break;
+            const int steps = tile.steps();
+            float acc[kTileN / 2];
+            int before = 0;
+            for (int k = 0; k < steps; ++k, ring.advance()) {
+                const unsigned char* a = stages + ring.stage * kStageBytes;
+                ptx::mbarrier_wait(full + ring.stage, ring.parity);
+                ptx::fence_async_proxy();  // what cp.async wrote
+                const uint64_t desc_a = ptx::descriptor_across(a + consumer * kBlockBytes, kBlockBytes);
+                const uint64_t desc_b = ptx::descriptor_across(a + kABytes, kBlockBytes);
+                ptx::wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < kTileK / 16; ++i) {
+                    ptx::Wgmma<T, kTileN, 1, 1>::run(acc, desc_a + i * ptx::kNextAcross, desc_b + i * ptx::kNextAcross,
+                                                     (k | i) != 0);
+                }
+                ptx::wgmma_commit();
+                ptx::wgmma_wait<1>();  // the step before this one has read its operands
+                if (k > 0 && lane == 0) give_back(before);
+                before = ring.stage;
+            }
+            ptx::wgmma_wait_all(acc);
+            if (lane == 0) give_back(before);
+            const int g = (kCluster * tile.pair + rank) * kTileM + consumer * kRows;
+            constexpr bool kFloat = std::is_same_v<Out, float>;
+            constexpr int kAtOnce = kFloat ? kBuffers : 1;  // chunks that a block of 64 columns takes
+#pragma unroll
+            for (int i = 0; i < kTileN / 64; ++i) {
+                unsigned char* chunk = chunks + (kFloat ? 0 : i % kBuffers * kChunkBytes);
+                const uint32_t to = ptx::shared_address(chunk);
+                if (thread == 0) ptx::bulk_wait_read<kBuffers / kAtOnce - 1>();
+                warpgroup_sync(consumer);
+                if constexpr (kFloat) {
+                    write_float_chunks<!kGatherLhs>(to, warp, lane, acc + 32 * i);
+                } else if constexpr (kGatherLhs) {
+                    write_chunk<T>(to, warp * 16, lane, acc + 32 * i);
+                } else {
+                    write_chunk_transposed<T>(to, warp, lane, acc + 32 * i);
+                }
+                ptx::fence_async_proxy();
+                warpgroup_sync(consumer);
+                if (thread == 0) {
+                    const int c = tile.column * kTileN + 64 * i;
+                    const int row = kGatherLhs ? g : c, column = kGatherLhs ? c : g;
+#pragma unroll
+                    for (int part = 0; part < kAtOnce; ++part) {
+                        if (row < p.m && column + 32 * part < p.n) {
+                            ptx::tma_store_3d(&p.dw, chunk + part * kChunkBytes, column + 32 * part, row, tile.expert);
+                        }
+                    }
+                    ptx::bulk_commit();
+                }
+            }
+        }
+        if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+    }
+    ptx::cluster_sync();  // a block's shared memory must outlive what the other one sends there
+}
+
+template <typename T, typename Out, bool kGatherLhs>
+void launch_wgrad(const Wgrad& p, int num_sms, cudaStream_t stream) {
+    auto* kernel = grouped_wgrad_kernel<T, Out, kGatherLhs>;
+    constexpr int kBytes = shared_bytes(kStages, kStagingBytes);
+    static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory");
+    const int64_t pairs = static_cast<int64_t>(p.num_experts) * p.num_pairs * p.num_columns;
+    const int blocks = kCluster * static_cast<int>(std::min<int64_t>(num_sms / kCluster, pairs));
+    check(cudaMemsetAsync(p.counter, 0, sizeof(int), stream), "clear the counter of tiles");
+    kernel<<<blocks, kBlockThreads, kBytes, stream>>>(p);
+    check_launch("grouped_wgrad");
+}
+
+}  // namespace
+
+void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, int num_sms, cudaStream_t stream) {
+    using T = __nv_bfloat16;
+    Wgrad p{};
+    p.gathered = a.gather_lhs ? a.lhs : a.rhs;
+    p.contiguous = a.gather_lhs ? a.rhs : a.lhs;
+    const int64_t stride = a.gather_lhs ? a.rhs_stride : a.lhs_stride;
+    p.gathered_stride = static_cast<int>(a.gather_lhs ? a.lhs_stride : a.rhs_stride);
+    p.contiguous_stride = static_cast<int>(stride);
+    p.gathered_width = static_cast<int>(a.gather_lhs ? a.m : a.n);
+    p.contiguous_width = static_cast<int>(a.gather_lhs ? a.n : a.m);
+    p.contiguous_map =
+        make_tensor_map({p.contiguous, static_cast<uint64_t>(p.contiguous_width), static_cast<uint64_t>(plan.num_rows),
+                         1, static_cast<uint64_t>(stride), static_cast<uint64_t>(stride * plan.num_rows), kTileK, 1},
+                        DType::kBFloat16);
+    p.dw = make_tensor_map(
+        {a.dw, static_cast<uint64_t>(a.n), static_cast<uint64_t>(a.m), static_cast<uint64_t>(plan.num_experts),
+         static_cast<uint64_t>(a.n), static_cast<uint64_t>(a.m * a.n), kRows, 1},
+        a.dw_dtype);
+    p.offsets = plan.offsets;
+    p.slots = plan.slots;
+    p.top_k = divisor(plan.top_k);
+    p.m = static_cast<int>(a.m);
+    p.n = static_cast<int>(a.n);
+    p.num_experts = plan.num_experts;
+    p.num_pairs = static_cast<int>(ceil_div(p.gathered_width, kCluster * kTileM));
+    p.num_columns = static_cast<int>(ceil_div(p.contiguous_width, kTileN));
+    p.counter = plan.counter;
+    const bool in_float = a.dw_dtype == DType::kFloat32;
+    if (a.gather_lhs) {
+        in_float ? launch_wgrad<T, float, true>(p, num_sms, stream) : launch_wgrad<T, T, true>(p, num_sms, stream);
+    } else {
+        in_float ? launch_wgrad<T, float, false>(p, num_sms, stream) : launch_wgrad<T, T, false>(p, num_sms, stream);
+    }
+}
+
+}  // namespace moe_kernels

@@ -1,0 +1,25 @@
+// grouped_wgrad on Hopper: see grouped_wgrad.cu. Elements are bfloat16, rows 16-byte aligned, widths multiples of 8.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "plan.h"
+
+namespace moe_kernels {
+
+struct GroupedWgradArguments {
+    void* dw;         // [E, M, N] contiguous
+    DType dw_dtype;   // bfloat16 or float32
+    const void* lhs;  // [R, M], or [T, M] if gathered
+    const void* rhs;  // [R, N], or [T, N] if gathered
+    int64_t lhs_stride, rhs_stride;
+    int64_t m, n;
+    bool gather_lhs;  // else rhs is gathered
+};
+
+void grouped_wgrad(const GroupedWgradArguments& arguments, const Plan& plan, int num_sms, cudaStream_t stream);
+
+}  // namespace moe_kernels

@@ -1,0 +1,53 @@
+// Results on their way out: from the accumulators, 64 rows by 64 columns at a time, to shared memory and on to memory.
+#pragma once
+
+#include "sm90/pipeline.cuh"
+
+namespace moe_kernels {
+
+// A column chunk [64 rows, 64 columns] of a consumer's results on its way out: to shared memory as the copy engine
+// wants it, then by the engine; the last rows of an expert by ordinary stores, since a box would cover the next
+// expert's.
+struct RowsOut {
+    const CUtensorMap* map;  // [R, parts, width]
+    void* data;
+    int64_t row_stride;  // elements, parts * width
+    int width;
+};
+
+// Pairs of 16-bit results from 32 accumulators (8 groups of 8 columns) into a chunk.
+template <typename T>
+__device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, const float* values) {
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int at = 4 * j + 2 * i;
+            words[i] = from_floats(values[at], values[at + 1], static_cast<const T*>(nullptr));
+        }
+        // words: group j rows 0-7, group j rows 8-15, group j+1 rows 0-7, group j+1 rows 8-15
+        ptx::stmatrix_x4(chunk + swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), j + (lane >> 4)), words);
+    }
+}
+
+// All threads of a consumer, after a fence and a warpgroup_sync; `thread` 0 commits its copies afterwards.
+template <typename T>
+__device__ __forceinline__ void send_chunk(const RowsOut& out, const unsigned char* chunk, int thread, int first,
+                                           int rows, int part, int n) {
+    if (rows == kRows) {
+        if (thread == 0) ptx::tma_store_3d(out.map, chunk, n, part, first);
+        return;
+    }
+    T* data = static_cast<T*>(out.data) + static_cast<int64_t>(first) * out.row_stride + part * out.width + n;
+#pragma unroll
+    for (int i = thread; i < kRows * 8; i += kWarpgroup) {
+        const int row = i / 8, piece = i % 8;
+        if (row < rows && n + piece * 8 < out.width) {
+            *reinterpret_cast<uint4*>(data + row * out.row_stride + piece * 8) =
+                *reinterpret_cast<const uint4*>(chunk + swizzled(row, piece));
+        }
+    }
+}
+
+}  // namespace moe_kernels

@@ -1,0 +1,366 @@
+// The products over an expert's rows on Hopper: gate_up, grouped_gemm (down, dX) and d_activation are this one kernel.
+//
+//     C[r, n] = sum_k A[row(r), k] * W[e, n, k]        for the rows r of expert e; what becomes of C is the epilogue's
+//
+// Tiling: C in tiles of 128 rows x 256 columns, 64 of the reduction at a time. A block is one producer warpgroup and
+// two consumer warpgroups, which own 64 rows each (256 columns, 128 accumulators a thread). The producer keeps kStages
+// tiles of A and W in flight and runs ahead into the next tile while the consumers are in their epilogue. Contiguous
+// operands come by the copy engine, gathered rows of A by cp.async of its 128 threads, both counted on the same
+// mbarrier. A cluster is two blocks with neighbouring row tiles and the same columns. Where both belong to one expert,
+// each fetches half of the weights for both: a third less from L2, which is what limits the kernel next to power. Row
+// tiles of two experts make a pair all the same, without sharing. Grid: a block a multiprocessor; clusters draw their
+// tiles one by one. A tile that ends an expert covers the next expert's rows too; they are computed (or, a whole half,
+// skipped) and not stored. Who makes a tile depends on timing, what becomes of it does not: reruns are bitwise equal.
+//
+// Ideas: warp-specialised gather by cp.async beside the copy engine, QuACK and SonicMoE (arXiv 2512.14080); 128x256
+// tiles with two consumers, CUTLASS and fast.cu.
+#pragma once
+
+#include <algorithm>
+
+#include "plan.h"
+#include "sm90/chunk.cuh"
+#include "sm90/pipeline.cuh"
+#include "tensor_map.h"
+#include "weights.h"
+
+namespace moe_kernels {
+
+struct VarlenM {
+    CUtensorMap a;       // contiguous A: [1, R, C], box [1, 128, 64]
+    const void* rows;    // gathered A: [T, C]
+    int64_t row_stride;  // elements
+    const int* slots;    // [R]; the token of row r is slots[r] / top_k
+    Divisor top_k;
+    CUtensorMap w;       // stored along the reduction: [E, N, C]; across it: [E, C, N]
+    const int* offsets;  // [E + 1]
+    const int* tiles;    // [2, num_m_tiles]: expert or -1, first row
+    int num_m_tiles;
+    int num_n_tiles;
+    int steps;        // of kTileK
+    int group_pairs;  // of row tiles that share weights in L2 before the next column tile
+    int num_rows;     // R
+    int* counter;     // of tiles drawn, zero before the launch
+};
+
+// Rows first..end (the expert's end may lie beyond the tile's) and a column tile. The expert is kUnused in a block
+// whose sibling has a tile and it has none, kStop after the last.
+constexpr int kUnused = -1;
+constexpr int kShared = 1 << 30;  // in column: both blocks of the cluster have this expert, and share its weights
+
+struct alignas(16) Tile {
+    int expert, first, end, column;
+
+    __device__ __forceinline__ int i_n() const { return column & ~kShared; }
+    __device__ __forceinline__ bool shared() const { return column & kShared; }
+};
+
+// The drawing thread's side.
+struct Draw {
+    int number;
+    Tile tiles[kCluster];
+
+    __device__ __forceinline__ void draw(const VarlenM& p) { number = atomicAdd(p.counter, 1) + gridDim.x / kCluster; }
+
+    __device__ __forceinline__ void look_up(const VarlenM& p) {
+        const int num_pairs = (p.num_m_tiles + 1) / kCluster;
+        const int per_group = p.group_pairs * p.num_n_tiles;
+        const int group = number / per_group, within = number % per_group;
+        const int first = group * p.group_pairs;
+        const int height = min(num_pairs - first, p.group_pairs);
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) {
+            tiles[rank] = {kStop, 0, 0, 0};
+            if (number < num_pairs * p.num_n_tiles) {
+                const int i_m = kCluster * (first + within % height) + rank;
+                tiles[rank] = {kUnused, 0, 0, within / height};
+                if (i_m < p.num_m_tiles) {
+                    tiles[rank].expert = __ldg(p.tiles + i_m);
+                    tiles[rank].first = __ldg(p.tiles + p.num_m_tiles + i_m);
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void find_ends(const VarlenM& p) {
+        while (tiles[0].expert == kUnused) {  // then the second is unused too; these are the last numbers
+            draw(p);
+            look_up(p);
+        }
+        const bool shared = tiles[0].expert == tiles[1].expert;
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) {
+            tiles[rank].end = tiles[rank].expert < 0 ? 0 : __ldg(p.offsets + tiles[rank].expert + 1);
+            tiles[rank].column |= shared ? kShared : 0;
+        }
+    }
+
+    __device__ __forceinline__ void publish(TileRing<Tile>& ring, int j) const {
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ring.publish(j, tiles[rank], rank);
+    }
+};
+
+// Half of the weights of a step, to this block or to `blocks`; a box is 128 rows (along) or 64 columns (across).
+__device__ __forceinline__ void load_weight_box(const CUtensorMap& w, unsigned char* to, uint64_t* barrier, int c0,
+                                                int c1, int expert, uint16_t blocks) {
+    if (blocks == 0) {
+        ptx::tma_load_3d(to, &w, barrier, c0, c1, expert);
+    } else {
+        ptx::tma_load_3d_multicast(to, &w, barrier, c0, c1, expert, blocks);
+    }
+}
+
+constexpr int kHalfN = kTileN / 2;
+
+template <bool kAcross>
+__device__ __forceinline__ void load_weight_half(const CUtensorMap& w, unsigned char* to, uint64_t* barrier,
+                                                 const Tile& tile, int k, int half, uint16_t blocks) {
+    const int n = tile.i_n() * kTileN + half * kHalfN;
+    to += half * kHalfN * kRowBytes;
+    if constexpr (kAcross) {
+#pragma unroll
+        for (int i = 0; i < kHalfN / 64; ++i) {
+            load_weight_box(w, to + i * kTileK * kRowBytes, barrier, n + 64 * i, k, tile.expert, blocks);
+        }
+    } else {
+        load_weight_box(w, to, barrier, k, n, tile.expert, blocks);
+    }
+}
+
+// The rings in shared memory, as both sides see them.
+template <int kStages>
+struct Shared {
+    unsigned char* stages;
+    TileRing<Tile>& tiles;
+    uint64_t* full;   // per stage: its copies have landed
+    uint64_t* empty;  // per stage: all consumers of the cluster are done with it
+};
+
+// One producer warpgroup. Gathering takes all its threads, the copy engine one.
+template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
+__device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogue::Arguments& args,
+                                        const Shared<kStages>& shared, int thread) {
+    const int rank = ptx::cluster_rank(), steps = p.steps;
+    const bool draws = thread == 0 && rank == 0;
+    auto& tiles = shared.tiles;
+    Ring<kStages> ring;
+    Draw next;
+    if (thread == 0) tiles.expect(0);
+    if (draws) {
+        next.number = blockIdx.x / kCluster;
+        next.look_up(p);
+        next.find_ends(p);
+        next.publish(tiles, 0);
+    }
+    // Gathering, a thread copies one 16-byte piece of eight rows, 16 rows apart.
+    const int piece = thread % 8;
+    int slots[8];
+    auto load_slots = [&](const Tile& of) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            // A row past the expert's end repeats its last one.
+            slots[i] = of.expert < 0 ? 0 : __ldg(p.slots + min(of.first + thread / 8 + 16 * i, of.end - 1));
+        }
+    };
+    Tile tile = tiles.wait(0);
+    if (kGather) load_slots(tile);
+    for (int j = 0; tile.expert != kStop; ++j) {
+        const bool used = tile.expert != kUnused;
+        const T* source[8];
+        if (kGather) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                source[i] = static_cast<const T*>(p.rows) + p.top_k.divide(slots[i]) * p.row_stride + piece * 8;
+            }
+        }
+        if (thread == 0) tiles.expect(j + 1);
+        Tile coming;
+        for (int k = 0; k < steps; ++k, ring.advance()) {
+            if (draws) {
+                if (k == 0) next.draw(p);
+                if (k == steps / 4) next.look_up(p);
+                if (k == steps / 2) next.find_ends(p);
+                if (k == steps * 3 / 4) next.publish(tiles, j + 1);
+            }
+            if (k == steps - 1) {
+                coming = tiles.wait(j + 1);
+                if (kGather) load_slots(coming);
+            }
+            unsigned char* a = shared.stages + ring.stage * kStageBytes;
+            unsigned char* b = a + kABytes;
+            uint64_t* barrier = shared.full + ring.stage;
+            ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+            if (thread == 0) {
+                ptx::mbarrier_arrive_expect(barrier, !used ? 0 : kGather ? kBBytes : kStageBytes);
+                if (used) {
+                    if (!kGather) ptx::tma_load_3d(a, &p.a, barrier, k * kTileK, tile.first, 0);
+                    // Sharing, each block fetches half of the weights for both.
+                    const uint16_t blocks = tile.shared() ? 3 : 0;
+#pragma unroll
+                    for (int half = 0; half < kCluster; ++half) {
+                        if (half != rank && tile.shared()) continue;
+                        Epilogue::template load_weights<kAcross>(args, p.w, b, barrier, tile, k * kTileK, half, blocks);
+                    }
+                }
+            }
+            if (kGather && used) {
+                const uint32_t to = ptx::shared_address(a) + swizzled(thread / 8, piece);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {  // 16 rows further on the swizzle is the same
+                    ptx::cp_async_16(to + i * 16 * kRowBytes, source[i] + k * kTileK);
+                }
+            }
+            if (kGather) ptx::mbarrier_arrive_after_copies(barrier);
+        }
+#pragma unroll
+        for (int c = 0; c < Epilogue::kSteps; ++c, ring.advance()) {
+            uint64_t* barrier = shared.full + ring.stage;
+            ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+            if (thread == 0) {
+                ptx::mbarrier_arrive_expect(barrier, used ? Epilogue::kStepBytes : 0);
+                if (used) Epilogue::load_step(args, shared.stages + ring.stage * kStageBytes, barrier, tile, c);
+            }
+            if (kGather) ptx::mbarrier_arrive(barrier);
+        }
+        tile = coming;
+    }
+}
+
+// A consumer warpgroup: 64 rows of every tile.
+template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
+__device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogue::Arguments& args,
+                                        const Shared<kStages>& shared, unsigned char* staging, int consumer,
+                                        int thread) {
+    constexpr int kWarps = kWarpgroup / kWarpSize;
+    const int steps = p.steps;
+    const bool first_lane = thread % kWarpSize == 0;
+    Ring<kStages> ring;
+    Epilogue epilogue(args, p, staging, consumer, thread);
+    // To both producers: either one's copies may fill the stage next.
+    auto give_back = [&](int stage, int warps) {
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ptx::mbarrier_arrive_in(shared.empty + stage, rank, warps);
+    };
+    for (int j = 0;; ++j) {
+        const Tile tile = shared.tiles.wait(j);
+        if (tile.expert == kStop) break;
+        const int first = tile.first + consumer * kRows;
+        const int rows = min(tile.end - first, kRows);
+        if (rows <= 0) {
+            for (int k = 0; k < steps + Epilogue::kSteps; ++k, ring.advance()) {
+                ptx::mbarrier_wait(shared.full + ring.stage, ring.parity);
+                if (first_lane) give_back(ring.stage, 1);
+            }
+            continue;
+        }
+        epilogue.begin(first, rows);
+        float acc[kTileN / 2];
+        int before = 0;
+        for (int k = 0; k < steps; ++k, ring.advance()) {
+            if (k == min(2, steps - 1)) epilogue.look_ahead();
+            const unsigned char* a = shared.stages + ring.stage * kStageBytes;
+            ptx::mbarrier_wait(shared.full + ring.stage, ring.parity);
+            if (kGather) ptx::fence_async_proxy();  // what cp.async wrote
+            const uint64_t desc_a = ptx::descriptor_along(a + consumer * kChunkBytes);
+            const uint64_t desc_b =
+                kAcross ? ptx::descriptor_across(a + kABytes, kTileK * kRowBytes) : ptx::descriptor_along(a + kABytes);
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < kTileK / 16; ++i) {
+                ptx::Wgmma<T, kTileN, 0, kAcross>::run(acc, desc_a + i * ptx::kNextAlong,
+                                                       desc_b + i * (kAcross ? ptx::kNextAcross : ptx::kNextAlong),
+                                                       (k | i) != 0);
+            }
+            ptx::wgmma_commit();
+            ptx::wgmma_wait<1>();  // the step before this one has read its operands
+            if (k > 0 && first_lane) give_back(before, 1);
+            before = ring.stage;
+        }
+        ptx::wgmma_wait_all(acc);
+        if (first_lane) give_back(before, 1);
+        // The epilogue's own steps: it takes a stage once it has arrived, and thread 0 gives it back.
+        auto take = [&] {
+            const int stage = ring.stage;
+            ptx::mbarrier_wait(shared.full + stage, ring.parity);
+            ring.advance();
+            return stage;
+        };
+        epilogue.finish(tile, first, rows, acc, shared.stages, take, [&](int stage) { give_back(stage, kWarps); });
+    }
+    if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+}
+
+// kGather: A's rows are gathered. kAcross: W is stored across the reduction. Epilogue: what becomes of the
+// accumulators, see the op's file. It may ask for kSteps more stages a tile, which its load_step fills and its finish
+// gives back.
+template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
+    varlen_m_kernel(const __grid_constant__ VarlenM p, const __grid_constant__ typename Epilogue::Arguments args) {
+    extern __shared__ unsigned char memory[];
+    unsigned char* stages = aligned(memory);
+    unsigned char* staging = stages + kStages * kStageBytes;
+    auto& tiles = *reinterpret_cast<TileRing<Tile>*>(staging + Epilogue::kStagingBytes);
+    uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
+    const Shared<kStages> shared{stages, tiles, full, full + kStages};
+    init_rings<kStages>(tiles, shared.full, shared.empty, kGather ? kWarpgroup + 1 : 1);
+
+    const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+    if (warpgroup == 0) {
+        give_registers<kGather ? 88 : 64>();
+        if (kGather || thread == 0) produce<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, thread);
+    } else {
+        take_registers<kGather ? 208 : 216>();
+        consume<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, staging, warpgroup - 1, thread);
+    }
+    ptx::cluster_sync();  // a block's shared memory must outlive what the other one sends there
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host
+
+inline CUtensorMap weights_map(const Weights& w, int num_experts, uint32_t box_rows) {
+    return make_tensor_map(
+        {w.data, static_cast<uint64_t>(w.columns), static_cast<uint64_t>(w.rows), static_cast<uint64_t>(num_experts),
+         static_cast<uint64_t>(w.row_stride), static_cast<uint64_t>(w.expert_stride), box_rows, 1},
+        DType::kBFloat16);
+}
+
+// Rows [R, parts * width], contiguous, as [R, parts, width]: a box never runs from one part into the next.
+inline CUtensorMap rows_map(const void* data, int64_t rows, int64_t parts, int64_t width) {
+    return make_tensor_map(
+        {data, static_cast<uint64_t>(width), static_cast<uint64_t>(parts), static_cast<uint64_t>(rows),
+         static_cast<uint64_t>(width), static_cast<uint64_t>(parts * width), 1, kRows},
+        DType::kBFloat16);
+}
+
+inline VarlenM varlen_m(const Plan& plan, int64_t columns, int tile_columns, int64_t reduced) {
+    VarlenM p{};
+    p.slots = plan.slots;
+    p.top_k = divisor(plan.top_k);
+    p.offsets = plan.offsets;
+    p.tiles = plan.tiles;
+    p.num_m_tiles = plan.num_tiles;
+    p.num_n_tiles = static_cast<int>(ceil_div(columns, tile_columns));
+    p.steps = static_cast<int>(ceil_div(reduced, kTileK));
+    p.group_pairs = 4;
+    p.num_rows = plan.num_rows;
+    p.counter = plan.counter;
+    return p;
+}
+
+template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
+void launch_varlen_m(const VarlenM& p, const typename Epilogue::Arguments& args, int num_sms, cudaStream_t stream) {
+    auto* kernel = varlen_m_kernel<T, kGather, kAcross, kStages, Epilogue>;
+    constexpr int kBytes = shared_bytes(kStages, Epilogue::kStagingBytes);
+    static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory");
+    const int64_t pairs = ceil_div(p.num_m_tiles, kCluster) * p.num_n_tiles;
+    if (pairs == 0) return;
+    const int blocks = kCluster * static_cast<int>(std::min<int64_t>(num_sms / kCluster, pairs));
+    check(cudaMemsetAsync(p.counter, 0, sizeof(int), stream), "clear the counter of tiles");
+    kernel<<<blocks, kBlockThreads, kBytes, stream>>>(p, args);
+    check_launch(Epilogue::kName);
+}
+
+}  // namespace moe_kernels

@@ -1,0 +1,46 @@
+import torch
+from torch import Tensor
+
+from moe_kernels.backends.cuda._extension import address, aligned_rows, dtype_codes, launch_sm90, plan_of, weights_of
+
+_TILE_COLUMNS = 256  # of the kernel: each makes a partial sum of dS
+
+
+def d_activation(
+    dh_RN: Tensor,
+    d_out_TD: Tensor,
+    w_down_EDI: Tensor,
+    h_RN: Tensor,
+    weights_TK: Tensor,
+    offsets_E1: Tensor,
+    slots_R: Tensor,
+    tiles_2M: Tensor,
+    block_m: int,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    rows, inner = h_RN.shape[0], w_down_EDI.shape[2]
+    a_RI = h_RN.new_empty(rows, inner)
+    # Zeros: no row writes the slot of a dropped pair.
+    partial = h_RN.new_zeros((-(-inner // _TILE_COLUMNS), *weights_TK.shape), dtype=torch.float32)
+    if rows == 0:
+        return a_RI, partial[0]
+    d_out_TD, w_down_EDI, weights_TK = aligned_rows(d_out_TD), aligned_rows(w_down_EDI), weights_TK.contiguous()
+    if weights_TK.dtype not in dtype_codes():
+        weights_TK = weights_TK.float()
+    launch_sm90(
+        "d_activation",
+        h_RN.device,
+        dh=address(dh_RN),
+        a=address(a_RI),
+        partial=address(partial),
+        h=address(h_RN),
+        d_out=address(d_out_TD),
+        d_out_stride=d_out_TD.stride(0),
+        w=weights_of(w_down_EDI),
+        weights=address(weights_TK),
+        weights_dtype=dtype_codes()[weights_TK.dtype],
+        inner=inner,
+        reduced=d_out_TD.shape[1],
+        plan=plan_of(offsets_E1, slots_R, tiles_2M, rows, weights_TK.shape[1]),
+    )
+    return a_RI, partial[0] if partial.shape[0] == 1 else partial.sum(0)

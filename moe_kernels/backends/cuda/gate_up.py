@@ -1,0 +1,37 @@
+from torch import Tensor
+
+from moe_kernels.backends.cuda._extension import address, aligned_rows, launch_sm90, plan_of, weights_of
+
+
+def gate_up(
+    x_TD: Tensor,
+    w_END: Tensor,
+    bias_EN: Tensor | None,
+    offsets_E1: Tensor,
+    slots_R: Tensor,
+    tiles_2M: Tensor,
+    block_m: int,
+    top_k: int,
+    activation: str,
+    store_h: bool,
+    store_a: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, n = slots_R.shape[0], w_END.shape[1]
+    h_RN = x_TD.new_empty(rows if store_h else 0, n)
+    a_RI = x_TD.new_empty(rows if store_a else 0, n // 2)
+    if rows == 0:
+        return h_RN, a_RI
+    x_TD, w_END = aligned_rows(x_TD), aligned_rows(w_END)
+    launch_sm90(
+        "gate_up",
+        x_TD.device,
+        h=address(h_RN) if store_h else 0,
+        a=address(a_RI) if store_a else 0,
+        x=address(x_TD),
+        x_stride=x_TD.stride(0),
+        w=weights_of(w_END),
+        inner=n // 2,
+        reduced=x_TD.shape[1],
+        plan=plan_of(offsets_E1, slots_R, tiles_2M, rows, top_k),
+    )
+    return h_RN, a_RI

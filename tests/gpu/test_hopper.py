@@ -1,0 +1,187 @@
+"""The Hopper kernels of the CUDA backend, each forced: no case here may fall back to another backend.
+
+The cases are about their tiles: 128 rows in pairs, 256 columns (128 with a gate), 64 of the reduction; rings of four
+stages; experts that end inside a tile, a pair or a step; more tiles than blocks.
+"""
+
+import random
+
+import pytest
+import torch
+
+from moe_kernels import backends, use_backend
+from tests import helpers
+from tests.helpers import ROUTINGS, Case, Problem, assert_close, bitwise_equal
+
+pytestmark = pytest.mark.gpu
+
+ops = torch.ops.moe_kernels
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    problem = backends.Problem(torch.device("cuda"), BF16, (128, 128), block_m=128)
+    reason = backends.why_not("cuda", "gate_up", problem)
+    if reason is not None:
+        pytest.skip(reason)
+    with use_backend("cuda"):
+        yield
+
+
+def products(p: Problem) -> dict:
+    """The six products of a layer, as named results."""
+    offsets, slots, _, tiles, block_m = p.plan
+    K = p.case.K
+    h, a = ops.gate_up(p.x, p.w_gate_up, None, offsets, slots, tiles, block_m, K, "swiglu", True, True)
+    down = ops.grouped_gemm(p.a, p.w_down, None, offsets, tiles, block_m, True)
+    dx = ops.grouped_gemm(p.h, p.w_gate_up, None, offsets, tiles, block_m, False)
+    dh, a_scaled, d_s = ops.d_activation(p.d_out, p.w_down, p.h, p.weights, offsets, slots, tiles, block_m, "swiglu")
+    dw_gate_up, _ = ops.grouped_wgrad(p.h, p.x, offsets, slots, K, "rhs", False, BF16)
+    dw_down, _ = ops.grouped_wgrad(p.d_out, p.a, offsets, slots, K, "lhs", False, BF16)
+    rows = {"H": h, "A": a, "Y": down, "dX": dx, "dH": dh, "A'": a_scaled}
+    return {name: t[: p.kept] for name, t in rows.items()} | {"dS": d_s, "dW_gate_up": dw_gate_up, "dW_down": dw_down}
+
+
+def formulas(p: Problem, x, d_out, w_gate_up, w_down, h, a, weights) -> dict:
+    h_out, a_out = helpers.gate_up(p, x, w_gate_up, None)
+    dh, a_scaled, d_s = helpers.d_activation(p, d_out, w_down, h, weights)
+    return {
+        "H": h_out,
+        "A": a_out,
+        "Y": helpers.grouped_gemm(p, a, w_down, None, True),
+        "dX": helpers.grouped_gemm(p, h, w_gate_up, None, False),
+        "dH": dh,
+        "A'": a_scaled,
+        "dS": d_s,
+        "dW_gate_up": helpers.grouped_wgrad(p, h, x[p.token_r])[0],
+        "dW_down": helpers.grouped_wgrad(p, d_out[p.token_r], a)[0],
+    }
+
+
+def check(case: Case) -> None:
+    p = Problem(case, "cuda", BF16)
+    inputs = (p.x, p.d_out, p.w_gate_up, p.w_down, p.h, p.a, p.weights)
+    ours, truth, plain = products(p), formulas(p, *helpers.doubled(*inputs)), formulas(p, *inputs)
+    for name, result in ours.items():
+        # dS is stored in fp32 but comes from products of half-precision data: compare it in the dtype of the data
+        assert_close(result.to(BF16), truth[name], plain[name], name)
+
+
+CASES = [
+    Case(1, 1, 1, 64, 8, block_m=128),  # one row, one step, one piece of a chunk
+    Case(128, 1, 1, 64, 64, block_m=128),  # exactly a tile
+    Case(129, 1, 1, 128, 64, block_m=128),  # one row in the second tile of a pair
+    Case(64, 1, 1, 192, 256, block_m=128),  # the second consumer has no rows
+    Case(640, 1, 2, 64, 264, block_m=128),  # a column tile of 8
+    Case(700, 2, 3, 320, 520, block_m=128),  # pairs of two experts
+    Case(400, 4, 40, 256, 72, block_m=128),  # most experts less than a tile
+    Case(300, 2, 6, 128, 136, routing="all_to_one", block_m=128),
+    Case(300, 2, 9, 128, 72, routing="empty", block_m=128),
+    Case(300, 3, 5, 128, 72, routing="sentinels", block_m=128),
+    Case(300, 4, 3, 128, 72, routing="duplicates", block_m=128),
+    Case(100, 2, 4, 128, 72, routing="all_dropped", block_m=128),
+    Case(3000, 2, 4, 512, 1032, block_m=128),  # more tiles than blocks: the rings go round
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case, poison):
+    check(case)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_problems(seed, poison):
+    r = random.Random(seed)
+    K = r.randint(1, 4)
+    case = Case(
+        T=r.randint(1, 900),
+        K=K,
+        E=r.randint(K, 20),
+        D=64 * r.randint(1, 9),
+        I=8 * r.randint(1, 90),
+        routing=r.choice(ROUTINGS),
+        block_m=128,
+    )
+    check(case)
+
+
+@pytest.mark.parametrize("case", [CASES[4], CASES[5], CASES[8]], ids=str)
+def test_float32_weight_gradients(case, poison):
+    """Of fp32 parameters under autocast: rounded nowhere."""
+    p = Problem(case, "cuda", BF16)
+    for lhs, rhs, gather in ((p.h, p.x, "rhs"), (p.d_out, p.a, "lhs")):
+        rows = (lhs[p.token_r], rhs) if gather == "lhs" else (lhs, rhs[p.token_r])
+        dw, _ = ops.grouped_wgrad(lhs, rhs, *p.plan[:2], case.K, gather, False, torch.float32)
+        assert dw.dtype == torch.float32
+        assert_close(dw, helpers.grouped_wgrad(p, *helpers.doubled(*rows))[0], what=gather)
+
+
+def test_empty_experts_get_zeros(poison):
+    p = Problem(Case(300, 2, 9, 128, 72, routing="empty", block_m=128), "cuda", BF16)
+    empty = p.plan.tokens_per_expert_E == 0
+    assert empty.any()
+    found = products(p)
+    assert (found["dW_gate_up"][empty] == 0).all() and (found["dW_down"][empty] == 0).all()
+
+
+@pytest.mark.parametrize("case", [CASES[5], CASES[6], CASES[12]], ids=str)
+def test_reruns_are_bitwise_equal(case):
+    """Blocks draw their tiles in an order that depends on timing; the results must not."""
+    p = Problem(case, "cuda", BF16)
+    expected = products(p)
+    for _ in range(10):
+        for name, result in products(p).items():
+            assert bitwise_equal(result, expected[name]), name
+
+
+def test_over_h_gives_the_same_bits():
+    p = Problem(CASES[5], "cuda", BF16)
+    rest = (p.weights, *p.plan[:2], p.plan.tiles_2M, p.plan.block_m, "swiglu")
+    dh, *apart = ops.d_activation(p.d_out, p.w_down, p.h, *rest)
+    h = p.h.clone()
+    over = ops.d_activation_(p.d_out, p.w_down, h, *rest)
+    assert bitwise_equal(h[: p.kept], dh[: p.kept])
+    assert bitwise_equal(over[0][: p.kept], apart[0][: p.kept]) and bitwise_equal(over[1], apart[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_weights_of_other_dtypes(dtype):
+    p = Problem(CASES[5], "cuda", BF16)
+    rest = (*p.plan[:2], p.plan.tiles_2M, p.plan.block_m, "swiglu")
+    expected = ops.d_activation(p.d_out, p.w_down, p.h, p.weights, *rest)
+    found = ops.d_activation(p.d_out, p.w_down, p.h, p.weights.to(dtype), *rest)
+    for ours, same in zip(found[:2], expected[:2]):
+        assert_close(ours[: p.kept], same[: p.kept].double(), same[: p.kept])
+
+
+def test_rows_and_slices_that_are_not_aligned():
+    """A copy is made where the copy engine can't read; a slice of 64 columns is read where it lies."""
+    p = Problem(Case(200, 2, 3, 128, 136, block_m=128), "cuda", BF16)
+    offsets, _, _, tiles, block_m = p.plan
+    expected = ops.grouped_gemm(p.a, p.w_down, None, offsets, tiles, block_m, True)[: p.kept]
+    wide = torch.full((p.a.shape[0], 200), torch.nan, device="cuda", dtype=BF16)
+    for start in (3, 8):
+        wide[:, start : start + 136] = p.a
+        y = ops.grouped_gemm(wide[:, start : start + 136], p.w_down, None, offsets, tiles, block_m, True)
+        assert bitwise_equal(y[: p.kept], expected)
+    for columns in (slice(64, 128), slice(3, 67)):
+        y = ops.grouped_gemm(p.a, p.w_down[:, columns], None, offsets, tiles, block_m, True)
+        assert bitwise_equal(y[: p.kept], expected[:, columns].contiguous())
+
+
+def test_two_streams_at_once():
+    """Each launch has a counter of its own."""
+    p = Problem(CASES[12], "cuda", BF16)
+    expected = products(p)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(4):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(products(p))
+    torch.cuda.synchronize()
+    for results in found:
+        for name, result in results.items():
+            assert bitwise_equal(result, expected[name]), name
