@@ -38,7 +38,7 @@ def compile_launch(launch: _launch.Launch, arch: int) -> dict:
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kernel = launch.kernel
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     kwargs = {**launch.args, **launch.constexprs, **options, "debug": False, "instrumentation_mode": ""}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(**kwargs)
@@ -110,8 +110,9 @@ def variants(op: str, capability: tuple[int, int], every_row: bool) -> list[Vari
         sides = [Variant(bf16, 0, frozenset({side})) for side in ("lhs", "rhs")]
         more = [
             Variant(bf16, 0, frozenset({"plain", "uneven"})),
+            Variant(bf16, 0, frozenset({"lhs", "plain", "uneven"})),
             Variant(torch.float16, 0, frozenset({"lhs"})),
-            Variant(torch.float32, 0, frozenset({"rhs"})),
+            *(Variant(torch.float32, 0, frozenset({side})) for side in ("lhs", "rhs")),
         ]
         return sides + more if every_row else sides
     if not every_row:
@@ -133,7 +134,7 @@ def launches_of(op: str, variant: Variant) -> tuple[list[_launch.Launch], list[t
         rows.append((op, element_size, block_m))
         return configs.tiles(op, capability, element_size, block_m)
 
-    for name in {op, "combine"}:  # unpermute launches through combine
+    for name in {op, "combine", "gate_up"}:  # unpermute launches through combine, d_activation through gate_up too
         module = importlib.import_module(f"moe_kernels.backends.triton.{name}")
         module.launch = lambda device, launch: recorded.append(launch)
         if hasattr(module, "tiles"):

@@ -52,7 +52,8 @@ def assert_every_row(results, arch, ops):
     """Rows are recorded where a launch looks them up: one that no launch asks for would fail here."""
     configs = pytest.importorskip("moe_kernels.backends.triton.configs")
     compiled = {tuple(row) for r in results for row in r["rows"]}
-    assert compiled == {row for row in configs.table(divmod(arch, 10)) if row[0] in ops}
+    # An op may have several rows for one block_m: grouped_wgrad_lhs, grouped_wgrad_rhs.
+    assert compiled == {row for row in configs.table(divmod(arch, 10)) if row[0].startswith(tuple(ops))}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -16,6 +16,9 @@ CASES = [
     Case(80, 2, 8, 24, 200, routing="empty", block_m=64),
     Case(17, 2, 4, 40, 24, routing="all_dropped", block_m=16),
     Case(90, 4, 3, 64, 72, "relu2", routing="duplicates", block_m=64),
+    Case(300, 2, 3, 128, 200, block_m=128),
+    Case(150, 3, 5, 64, 72, routing="sentinels", block_m=128),
+    Case(40, 2, 4, 24, 520, routing="sentinels", block_m=16),
 ]
 
 
@@ -60,6 +63,7 @@ def test_over_h_gives_the_same_bits(target, case):
     h = p.h.clone()
     over = torch.ops.moe_kernels.d_activation_(p.d_out, p.w_down, h, *rest(p))
     assert bitwise_equal(h[: p.kept], dh[: p.kept])
+    assert bitwise_equal(h[p.kept :], p.h[p.kept :]), "rows no expert owns were written"
     assert bitwise_equal(over[0][: p.kept], apart[0][: p.kept]) and bitwise_equal(over[1], apart[1])
 
 

@@ -15,6 +15,8 @@ CASES = [
     Case(70, 2, 4, 64, 136, routing="all_to_one"),
     Case(80, 2, 8, 24, 200, routing="empty"),
     Case(17, 2, 4, 40, 24, routing="all_dropped"),
+    Case(100, 2, 4, 128, 72),
+    Case(60, 2, 3, 264, 520),
 ]
 
 

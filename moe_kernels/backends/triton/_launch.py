@@ -25,12 +25,11 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    max_registers: int | None = None
 
 
 def launch(device: torch.device, launch: Launch) -> None:
     """Run on the current stream of ``device``, whichever device is current."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "maxnreg": launch.max_registers}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     if device.type != "cuda":
         launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options)
         return

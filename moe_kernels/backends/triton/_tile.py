@@ -1,4 +1,4 @@
-"""Pieces that several kernels share: the order of tiles, a weight tile in either storage order, halving and storing.
+"""Pieces that several kernels share: the order of tiles, a weight tile in either storage order, row loads and stores.
 
 Row tensors that a kernel writes are seen as [R, parts, width] (H has a gate and an up part), so that a box never runs
 from one part into the next.
@@ -33,12 +33,6 @@ def load_columns(p_rows, columns, width, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(p_rows + columns[None, :])
     return tl.load(p_rows + columns[None, :], mask=(columns < width)[None, :], other=0.0)
-
-
-@triton.jit
-def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Left and right half of the columns."""
-    return tl.split(tile.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1))
 
 
 @triton.jit

@@ -28,10 +28,8 @@ class Tiles(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    subtiles: int = 1  # parts the epilogue handles one after the other, to hold fewer registers
     block_m: int = 0  # of the weight gradient, whose tiles are not rows of the plan
     per_sm: int = 1  # programs a multiprocessor holds at once: one's epilogue then hides behind another's products
-    max_registers: int | None = None  # a thread; what lets per_sm programs fit beside each other
     group_m: int = 8  # row tiles that share a column of weights before the next column
 
 
@@ -48,16 +46,19 @@ _LARGE = {
     ("grouped_gemm", 2, 64): Tiles(256, 64, 8, 4),
     ("grouped_gemm", 2, 32): Tiles(128, 128, 4, 4),
     ("grouped_gemm", 2, 16): Tiles(128, 128, 4, 4),
-    # The epilogue holds dA', gate, up and three results: in four parts 312. 128x128 in two parts 294, in one it spills
-    # (221); two programs of 128x128 with 128 registers 271; H by the copy engine 264, results by it 298.
-    ("d_activation", 2, 128): Tiles(256, 64, 8, 3, subtiles=4),
-    ("d_activation", 2, 64): Tiles(128, 64, 4, 4, subtiles=2),
-    ("d_activation", 2, 32): Tiles(64, 128, 4, 4),
-    ("d_activation", 2, 16): Tiles(64, 128, 4, 4),
-    # Two programs share a multiprocessor, and 5 stages: the index of a gathered row is a load that the row's own load
-    # waits for, so 3 or 4 stages keep only one step of rows in flight. dW_gate_up 469, dW_down 468; with 3 stages 417
-    # and 384; one program of 128x256 419 and 529, of 256x128 447 and 412; 8 warps at most 128 registers 470 and 444.
-    ("grouped_wgrad", 2, 0): Tiles(128, 64, 4, 5, block_m=128, per_sm=2),
+    # The product alone, without the activation's backward: grouped_gemm's tiles with gathered rows. 4 stages of the
+    # tallest do not fit. The fused kernel (128x256 in four column parts) did 312; predicted for both launches: 1.1 ms,
+    # 370.
+    ("d_activation", 2, 128): Tiles(256, 64, 8, 3),
+    ("d_activation", 2, 64): Tiles(256, 64, 8, 4),
+    ("d_activation", 2, 32): Tiles(128, 128, 4, 4),
+    ("d_activation", 2, 16): Tiles(128, 128, 4, 4),
+    # 5 stages: the index of a gathered row is a load that the row's own load waits for, so 3 or 4 stages keep only one
+    # step of rows in flight. Gathered lhs (dW_down): one program of 128x256 529; two of 128x128 468, 256x128 412.
+    ("grouped_wgrad_lhs", 2, 0): Tiles(256, 64, 8, 5, block_m=128),
+    # Gathered rhs (dW_gate_up) or neither: two programs share a multiprocessor, 469; with 3 stages 417; one program of
+    # 128x256 419, of 256x128 447.
+    ("grouped_wgrad_rhs", 2, 0): Tiles(128, 64, 4, 5, block_m=128, per_sm=2),
     # float32 runs on the slow units: only shared memory matters.
     ("gate_up", 4, 128): Tiles(64, 32, 8, 3),
     ("gate_up", 4, 64): Tiles(64, 32, 4, 3),
@@ -71,7 +72,8 @@ _LARGE = {
     ("d_activation", 4, 64): Tiles(64, 32, 4, 3),
     ("d_activation", 4, 32): Tiles(32, 32, 4, 3),
     ("d_activation", 4, 16): Tiles(32, 32, 4, 3),
-    ("grouped_wgrad", 4, 0): Tiles(128, 32, 8, 3, block_m=64),
+    ("grouped_wgrad_lhs", 4, 0): Tiles(128, 32, 8, 3, block_m=64),
+    ("grouped_wgrad_rhs", 4, 0): Tiles(128, 32, 8, 3, block_m=64),
 }
 _SMALL = _LARGE | {
     # Fewer stages and narrower tiles, until 99 KB hold them. Not measured: no such GPU yet.
@@ -83,11 +85,12 @@ _SMALL = _LARGE | {
     ("grouped_gemm", 2, 64): Tiles(128, 64, 4, 3),
     ("grouped_gemm", 2, 32): Tiles(128, 64, 4, 3),
     ("grouped_gemm", 2, 16): Tiles(128, 64, 4, 3),
-    ("d_activation", 2, 128): Tiles(64, 64, 8, 3),
-    ("d_activation", 2, 64): Tiles(64, 64, 4, 3),
-    ("d_activation", 2, 32): Tiles(64, 64, 4, 3),
-    ("d_activation", 2, 16): Tiles(64, 64, 4, 3),
-    ("grouped_wgrad", 2, 0): Tiles(128, 64, 8, 2, block_m=128),
+    ("d_activation", 2, 128): Tiles(128, 64, 8, 3),
+    ("d_activation", 2, 64): Tiles(128, 64, 4, 3),
+    ("d_activation", 2, 32): Tiles(128, 64, 4, 3),
+    ("d_activation", 2, 16): Tiles(128, 64, 4, 3),
+    ("grouped_wgrad_lhs", 2, 0): Tiles(128, 64, 8, 2, block_m=128),
+    ("grouped_wgrad_rhs", 2, 0): Tiles(128, 64, 8, 2, block_m=128),
     ("gate_up", 4, 128): Tiles(64, 32, 8, 2),
     ("grouped_gemm", 4, 128): Tiles(64, 32, 8, 3),
 }

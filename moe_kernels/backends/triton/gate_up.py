@@ -6,6 +6,7 @@ Tiling: a program makes BLOCK_M rows of one expert times BLOCK_N columns of A. G
 gate columns and the up columns I further on, so that the activation never leaves its registers. Rows of x come by
 pointer loads through slots (Hopper's copy engine has no row gather), W by tensor descriptors. Persistent grid; the
 plan's tile map says which rows and which expert a tile is. Row offsets are int64: R * N passes 2^31.
+Without an activation H is the bare product of gathered rows, which d_activation asks for.
 Idea of fusing gather and activation: SonicMoE (arXiv 2512.14080), ScatterMoE (arXiv 2403.08245).
 """
 
@@ -116,17 +117,38 @@ def gate_up(
     store_h: bool,
     store_a: bool,
 ) -> tuple[Tensor, Tensor]:
-    gated = activation in _GATED
     rows, n = slots_R.shape[0], w_END.shape[1]
-    inner = n // 2 if gated else n
     h_RN = x_TD.new_empty(rows if store_h else 0, n)
-    a_RI = x_TD.new_empty(rows if store_a else 0, inner)
-    if rows == 0:
-        return h_RN, a_RI
-    config = tiles("gate_up", capability(x_TD.device), x_TD.element_size(), block_m)
+    a_RI = x_TD.new_empty(rows if store_a else 0, n // 2 if activation in _GATED else n)
+    if rows:
+        h, a = h_RN if store_h else None, a_RI if store_a else None
+        plan = (offsets_E1, slots_R, tiles_2M, block_m, top_k)
+        launch_gathered("gate_up", x_TD, w_END, bias_EN, h, a, *plan, activation)
+    return h_RN, a_RI
+
+
+def launch_gathered(
+    op: str,
+    x_TD: Tensor,
+    w_END: Tensor,
+    bias_EN: Tensor | None,
+    h_RN: Tensor | None,
+    a_RI: Tensor | None,
+    offsets_E1: Tensor,
+    slots_R: Tensor,
+    tiles_2M: Tensor,
+    block_m: int,
+    top_k: int,
+    activation: str | None,
+) -> None:
+    """Writes H, A or both, with the tiles of ``op``."""
+    gated = activation in _GATED
+    inner = w_END.shape[1] // 2 if gated else w_END.shape[1]
+    config = tiles(op, capability(x_TD.device), x_TD.element_size(), block_m)
     x_TD = rows_contiguous(x_TD)
     w_desc, transposed = matrix_descriptor(w_END, config.block_n, config.block_k)
     num_m_tiles = tiles_2M.shape[1]
+    store_h, store_a = h_RN is not None, a_RI is not None
     launch(
         x_TD.device,
         Launch(
@@ -165,7 +187,5 @@ def gate_up(
             },
             config.num_warps,
             config.num_stages,
-            config.max_registers,
         ),
     )
-    return h_RN, a_RI

@@ -110,7 +110,6 @@ def grouped_gemm(
             },
             config.num_warps,
             config.num_stages,
-            config.max_registers,
         ),
     )
     return y_RN

@@ -51,7 +51,7 @@ def grouped_wgrad_kernel(
     GATHER_LHS: tl.constexpr,
     GATHER_RHS: tl.constexpr,
     SUM_LHS: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # of the gathered side: its width is whole tiles
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -132,7 +132,8 @@ def grouped_wgrad(
         )
     dw_EMN = lhs.new_empty((experts, m, n), dtype=out_dtype)
     db_EM = lhs.new_empty((experts if sum_lhs else 0, m), dtype=out_dtype)
-    config = tiles("grouped_wgrad", capability(lhs.device), lhs.element_size())
+    row = "grouped_wgrad_lhs" if gather == "lhs" else "grouped_wgrad_rhs"
+    config = tiles(row, capability(lhs.device), lhs.element_size())
     lhs, rhs = rows_contiguous(lhs), rows_contiguous(rhs)
     launch(
         lhs.device,
@@ -157,7 +158,7 @@ def grouped_wgrad(
                 "GATHER_LHS": gather == "lhs",
                 "GATHER_RHS": gather == "rhs",
                 "SUM_LHS": sum_lhs,
-                "EVEN": m % config.block_m == 0 and n % config.block_n == 0,
+                "EVEN": (m % config.block_m if gather == "lhs" else n % config.block_n) == 0,
                 "PRECISION": input_precision(lhs.dtype),
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
@@ -166,7 +167,6 @@ def grouped_wgrad(
             },
             config.num_warps,
             config.num_stages,
-            config.max_registers,
         ),
     )
     return dw_EMN, db_EM

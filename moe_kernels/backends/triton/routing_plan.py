@@ -2,7 +2,7 @@
 
     indices [T, K] -> offsets [E+1], slots [R], positions [T, K], tiles [2, M]
 
-1. count    each program counts its CHUNK of slots per expert (bin E: "no expert")      counts [chunks, E+1]
+1. count    each program counts its CHUNK of slots per expert (bin E: "no expert")      counts [E+1, chunks]
 2. scan     each program turns one expert's column into how many came before each chunk
 3. layout   each program adds up the experts before its own: offsets, and its tiles
 4. scatter  place = offset of the expert + how many in earlier chunks + how many earlier in the chunk
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from moe_kernels.backends.triton._launch import Launch, cdiv, launch
 
-_CHUNK = 512
-_SCAN = 256  # chunks that the scan handles at once
+_CHUNK = 256  # the ranks are CHUNK^2 comparisons, the counts R / CHUNK columns
+_SCAN = 1024  # chunks that the scan handles at once
 
 
 @triton.jit
@@ -27,23 +27,23 @@ def _ids(indices_ptr, o_s, num_slots, num_experts):
     return tl.where((ids < 0) | (ids >= num_experts), num_experts, ids).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["indices_ptr"])
-def count_kernel(indices_ptr, counts_ptr, num_slots, num_experts, CHUNK: tl.constexpr, BINS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_slots", "num_chunks"], do_not_specialize_on_alignment=["indices_ptr"])
+def count_kernel(indices_ptr, counts_ptr, num_slots, num_chunks, num_experts, CHUNK: tl.constexpr, BINS: tl.constexpr):
     chunk = tl.program_id(0).to(tl.int64)
     o_s = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = _ids(indices_ptr, o_s, num_slots, num_experts)
     counts = tl.histogram(ids, BINS, mask=o_s < num_slots)
     o_e = tl.arange(0, BINS)
-    tl.store(counts_ptr + chunk * (num_experts + 1) + o_e, counts, mask=o_e <= num_experts)
+    tl.store(counts_ptr + o_e.to(tl.int64) * num_chunks + chunk, counts, mask=o_e <= num_experts)
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def scan_kernel(counts_ptr, totals_ptr, num_chunks, num_experts, SCAN: tl.constexpr):
-    expert = tl.program_id(0)
+def scan_kernel(counts_ptr, totals_ptr, num_chunks, SCAN: tl.constexpr):
+    expert = tl.program_id(0).to(tl.int64)
     before = 0
     for chunk in range(0, num_chunks, SCAN):
         o_c = chunk + tl.arange(0, SCAN)
-        p_counts = counts_ptr + o_c.to(tl.int64) * (num_experts + 1) + expert
+        p_counts = counts_ptr + expert * num_chunks + o_c
         counts = tl.load(p_counts, mask=o_c < num_chunks, other=0)
         tl.store(p_counts, before + tl.cumsum(counts, 0) - counts, mask=o_c < num_chunks)
         before += tl.sum(counts, 0)
@@ -81,7 +81,7 @@ def layout_kernel(
         tl.store(tiles_ptr + num_tiles + o_t, row, mask=o_t < last_tile)
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["indices_ptr"])
+@triton.jit(do_not_specialize=["num_slots", "num_chunks"], do_not_specialize_on_alignment=["indices_ptr"])
 def scatter_kernel(
     indices_ptr,
     counts_ptr,
@@ -89,6 +89,7 @@ def scatter_kernel(
     slots_ptr,
     positions_ptr,
     num_slots,
+    num_chunks,
     num_experts,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
@@ -103,7 +104,7 @@ def scatter_kernel(
         others = _ids(indices_ptr, first + j, num_slots, num_experts)
         earlier = (others[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
         rank += tl.sum(earlier.to(tl.int32), axis=1)
-    before = tl.load(counts_ptr + chunk * (num_experts + 1) + ids)
+    before = tl.load(counts_ptr + ids.to(tl.int64) * num_chunks + chunk)
     position = tl.load(offsets_ptr + ids) + before + rank
     inside = first + i < num_slots
     tl.store(slots_ptr + position, first + i, mask=inside)
@@ -124,14 +125,20 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
         return offsets_E1.zero_(), slots_R, positions_TK, tiles_2M
 
     num_chunks = cdiv(num_slots, _CHUNK)
-    counts, totals = empty(num_chunks, num_experts + 1), empty(num_experts + 1)
+    counts, totals = empty(num_experts + 1, num_chunks), empty(num_experts + 1)
     bins = max(32, triton.next_power_of_2(num_experts + 1))
     launch(
         device,
         Launch(
             count_kernel,
             (num_chunks,),
-            {"indices_ptr": indices_TK, "counts_ptr": counts, "num_slots": num_slots, "num_experts": num_experts},
+            {
+                "indices_ptr": indices_TK,
+                "counts_ptr": counts,
+                "num_slots": num_slots,
+                "num_chunks": num_chunks,
+                "num_experts": num_experts,
+            },
             {"CHUNK": _CHUNK, "BINS": bins},
             4,
             1,
@@ -142,7 +149,7 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
         Launch(
             scan_kernel,
             (num_experts + 1,),
-            {"counts_ptr": counts, "totals_ptr": totals, "num_chunks": num_chunks, "num_experts": num_experts},
+            {"counts_ptr": counts, "totals_ptr": totals, "num_chunks": num_chunks},
             {"SCAN": _SCAN},
             4,
             1,
@@ -177,9 +184,10 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
                 "slots_ptr": slots_R,
                 "positions_ptr": positions_TK,
                 "num_slots": num_slots,
+                "num_chunks": num_chunks,
                 "num_experts": num_experts,
             },
-            {"CHUNK": _CHUNK, "STEP": 16},
+            {"CHUNK": _CHUNK, "STEP": 32},
             4,
             1,
         ),
