@@ -1,109 +1,222 @@
-"""Time and memory of a forward and backward, and the bound to hold them against."""
+"""The clocks: a training step's time and memory, one short call on the GPU, one call as a loop sees it.
 
-from collections.abc import Callable
+Warm and cold: a step is timed in a loop of steps, so it finds in L2 what the step before it left there, as in training,
+and its weights and activations are far larger than L2. ``graph_us`` is given as many inputs as it takes to be cold.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe_kernels.bench.shapes import Shape
-
 MIB = 2**20
+WARM_UPS = 3
+REPEATS = 20
+#: Steps above 25 ms, which only peers take, are repeated less often, but five times at least.
+_LONG_MS, _FEWEST = 500, 5
+#: A graph holds calls for this long by the host's clock, so that its own start (some µs) does not count.
+_GRAPH_MS, _REPLAYS = 4, 10
 
 
 class Measured(NamedTuple):
     forward_ms: float
     backward_ms: float
     step_ms: float
+    step_accumulate_ms: float  # the step with the gradients added to those of an earlier one
     held_mib: float  # between forward and backward, beyond parameters, gradients, input and output
     peak_mib: float  # highest over the step, beyond the same; temporary weight gradients count
 
 
-def median_ms(run: Callable[[], object], repeats: int = 20, prepare: Callable[[], object] | None = None) -> float:
-    """Median GPU time of ``run`` between two events, after three warm-ups; ``prepare`` runs before each, untimed."""
-    times = []
-    for i in range(repeats + 3):
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def waiting(run: Callable[[], object]) -> Callable[[], None]:
+    """``run`` with a wait for the GPU, for a clock on the host."""
+
+    def run_and_wait() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return run_and_wait
+
+
+def median_ms(run: Callable[[], object], repeats: int = REPEATS, prepare: Callable[[], object] | None = None) -> float:
+    """Median GPU time of ``run`` between two events, after three warm-ups; ``prepare`` runs before each, untimed.
+
+    The host runs ahead, so for anything that takes the GPU longer than the host this is GPU time.
+    """
+    spans = []
+    for _ in range(WARM_UPS + repeats):
         if prepare is not None:
             prepare()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        start = _mark()
         run()
-        end.record()
-        if i >= 3:
-            times.append((start, end))
+        spans.append((start, _mark()))
     torch.cuda.synchronize()
-    elapsed = sorted(start.elapsed_time(end) for start, end in times)
-    return elapsed[len(elapsed) // 2]
+    return statistics.median(start.elapsed_time(end) for start, end in spans[WARM_UPS:])
 
 
-def measure(forward: Callable[[], Tensor], d_out: Tensor, leaves: list[Tensor], repeats: int = 20) -> Measured:
-    """Forward, backward and both, with ``.grad`` of every leaf already allocated, as in training with accumulation."""
+def medians_in_turn_ms(runs: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
+    """The median of each when all run in turn, as the parts of a step do: they share its clocks and its heat."""
+    spans: dict[str, list] = {name: [] for name in runs}
+    for _ in range(WARM_UPS + repeats):
+        for name, run in runs.items():
+            start = _mark()
+            run()
+            spans[name].append((start, _mark()))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(start.elapsed_time(end) for start, end in each[WARM_UPS:])
+        for name, each in spans.items()
+    }
+
+
+def measure(forward: Callable[[], Tensor], d_out: Tensor) -> Measured:
+    """Time and memory of a forward and backward over all leaves that ``forward`` reaches.
+
+    Times: ``.grad`` is None before each backward, as after an optimizer's ``zero_grad()``, so a gradient is adopted and
+    not added; one loop gives forward, backward and both, each between its own events. ``step_accumulate_ms``: ``.grad``
+    is there already. Memory: the same, so that a weight gradient that is then added counts in the peak.
+    """
+    out = forward()  # compiles what is compiled at first use
+    leaves = leaves_of(out)
+    out.backward(d_out)
+    del out
+
+    def step() -> tuple[torch.cuda.Event, ...]:
+        start = _mark()
+        out = forward()
+        middle = _mark()
+        out.backward(d_out)
+        return start, middle, _mark()
+
+    def fresh_step() -> tuple[torch.cuda.Event, ...]:
+        for leaf in leaves:
+            leaf.grad = None
+        return step()
+
+    warm = [fresh_step() for _ in range(WARM_UPS)]
+    torch.cuda.synchronize()
+    repeats = max(_FEWEST, min(REPEATS, int(_LONG_MS / max(warm[-1][0].elapsed_time(warm[-1][2]), 1e-3))))
+    fresh = [fresh_step() for _ in range(repeats)]
+    added = [step() for _ in range(1 + max(_FEWEST, repeats // 2))][1:]  # the first one finds its memory
+    torch.cuda.synchronize()
+
+    def median(marks: list[tuple[torch.cuda.Event, ...]], start: int, end: int) -> float:
+        return statistics.median(mark[start].elapsed_time(mark[end]) for mark in marks)
+
+    held, peak = memory(forward, d_out)
     for leaf in leaves:
-        leaf.grad = torch.zeros_like(leaf)
-    state = {}
+        leaf.grad = None
+    return Measured(median(fresh, 0, 1), median(fresh, 1, 2), median(fresh, 0, 2), median(added, 0, 2), held, peak)
 
-    def run_forward():
-        state["out"] = forward()
 
-    def run_backward():
-        state.pop("out").backward(d_out)
-
-    def step():
-        forward().backward(d_out)
-
-    step()
-    forward_ms = median_ms(run_forward, repeats, prepare=state.clear)
-    backward_ms = median_ms(run_backward, repeats, prepare=run_forward)
-    step_ms = median_ms(step, repeats)
-
-    state.clear()
+def memory(forward: Callable[[], Tensor], d_out: Tensor) -> tuple[float, float]:
+    """MiB held between forward and backward, and at the peak, beyond what is allocated now and the output."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = forward()
-    output_bytes = out.numel() * out.element_size()
-    held = torch.cuda.memory_allocated() - before - output_bytes
+    before += out.numel() * out.element_size()
+    held = torch.cuda.memory_allocated() - before
     out.backward(d_out)
-    peak = torch.cuda.max_memory_allocated() - before - output_bytes
-    del out
-    for leaf in leaves:
-        leaf.grad = None
-    return Measured(forward_ms, backward_ms, step_ms, held / MIB, peak / MIB)
+    return held / MIB, (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def copy_rate() -> float:
-    """Device-to-device copy in bytes per second, read + written."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / median_ms(lambda: target.copy_(source)) * 1e3
+def leaves_of(out: Tensor) -> list[Tensor]:
+    """The leaf tensors that a backward from ``out`` gives gradients to."""
+    leaves, seen, todo = [], set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        todo += [below for below, _ in node.next_functions]
+    return leaves
 
 
-def matmul_rate(size: int = 8192) -> float:
-    """FLOP/s of one large bf16 product of random operands."""
-    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
-    return 2 * size**3 / median_ms(lambda: a @ a) * 1e3
+def capture(run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """``run`` as a CUDA graph, and what it returned, after warm-ups on a side stream as PyTorch asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
 
 
-def bound_ms(shape: Shape, rows_per_expert: Tensor, bytes_per_second: float) -> dict[str, float]:
-    """t_b: the six products by torch.bmm on equal groups, times the padding of each expert's rows to 64, plus the
-    bytes of the combines at this run's copy rate. It has no gather, no activation and no router."""
-    per_expert = shape.rows // shape.E
+def capturable(run: Callable[[], object]) -> bool:
+    """Does it never wait for the GPU? What does can't be captured, and trying leaves a broken capture behind."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return True
 
-    def bmm(m: int, k: int, n: int) -> float:
-        a = torch.randn(shape.E, m, k, device="cuda", dtype=torch.bfloat16)
-        b = torch.randn(shape.E, k, n, device="cuda", dtype=torch.bfloat16)
-        return median_ms(lambda: torch.bmm(a, b))
 
-    products = {
-        "up": bmm(per_expert, shape.D, 2 * shape.I),
-        "down": bmm(per_expert, shape.I, shape.D),
-        "d_a": bmm(per_expert, shape.D, shape.I),
-        "dx": bmm(per_expert, 2 * shape.I, shape.D),
-        "dw_gate_up": bmm(2 * shape.I, per_expert, shape.D),
-        "dw_down": bmm(shape.D, per_expert, shape.I),
-    }
-    padding = float(((rows_per_expert + 63) // 64 * 64).sum()) / shape.rows
-    combine = 2 * (shape.rows + shape.T) * shape.D / bytes_per_second * 1e3
-    forward = (products["up"] + products["down"]) * padding + combine
-    step = sum(products.values()) * padding + 2 * combine
-    return {**products, "padding": padding, "combine": combine, "forward": forward, "step": step}
+def graph_us(runs: Sequence[Callable[[], object]]) -> float:
+    """GPU time of one call, in µs: ``runs``, the same call on different inputs, in turn in a CUDA graph.
+
+    Without a launch between them, calls of a few µs can be timed. Inputs that together exceed L2 (``cold_copies``) are
+    cold when their turn comes; outputs reuse the graph's memory and may be warm. A call on inputs that alone exceed L2
+    needs no rotation.
+    """
+    estimate = median_ms(runs[0], repeats=3)  # the host's launches included: an upper limit
+    rounds = max(1, math.ceil(_GRAPH_MS / max(estimate, 1e-3) / len(runs)))
+
+    def calls() -> None:
+        for _ in range(rounds):
+            for run in runs:
+                run()
+
+    graph, _ = capture(calls)
+    return median_ms(graph.replay, repeats=_REPLAYS) * 1e3 / (rounds * len(runs))
+
+
+def cold_copies(input_bytes: int, l2_bytes: int) -> int:
+    """How many inputs of this size to rotate through so that each has left L2 when its turn comes again."""
+    return max(1, math.ceil(2 * l2_bytes / input_bytes))
+
+
+def wall_ms(contestants: Mapping[str, Sequence[Callable[[], object]]], rounds: int = 7) -> dict[str, float]:
+    """Time per call as a loop of calls sees it: launches included, one synchronisation at the end of the loop.
+
+    Each contestant is a call on different inputs, taken in turn. Median over rounds; the contestants alternate, so that
+    whatever disturbs the host disturbs all alike.
+    """
+
+    def loop(runs: Sequence[Callable[[], object]], calls: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(calls):
+            runs[i % len(runs)]()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / calls * 1e3
+
+    calls = {}
+    for name, runs in contestants.items():
+        for run in runs:  # each once: warm
+            run()
+        calls[name] = max(len(runs), int(10 / loop(runs, len(runs))))  # 10 ms
+    times = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, runs in contestants.items():
+            times[name].append(loop(runs, calls[name]))
+    return {name: statistics.median(each) for name, each in times.items()}

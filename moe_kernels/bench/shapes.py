@@ -1,9 +1,12 @@
-"""Layer shapes of real models (sources: the models' own config.json) and the routings to time them with."""
+"""Layer shapes of real models (sources: the models' own config.json) and the routings to time them with.
 
-from typing import NamedTuple
+torch is imported where it is used: the command line reads these names before it knows that it has work to do.
+"""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Shape(NamedTuple):
@@ -36,14 +39,18 @@ SHAPES = {
     )
 }
 
+#: What is measured unless something else is asked for.
+DEFAULT_SHAPES = ("qwen3-30b", "qwen3.5-35b", "olmoe-7b", "sonic-7b-n256")
 ROUTINGS = ("uniform", "zipf", "one-hot")
 
 
-def routing(kind: str, shape: Shape, device: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+def routing(kind: str, shape: Shape, device: str, seed: int = 0) -> "tuple[Tensor, Tensor]":
     """Routing weights [T, K] (bf16, normalised) and distinct expert indices [T, K].
 
     uniform: all experts alike; zipf: p ∝ rank^-1.2 by Gumbel top-k; one-hot: expert 0 in every token, the rest uniform.
     """
+    import torch
+
     generator = torch.Generator(device).manual_seed(seed)
     gumbel = -torch.rand(shape.T, shape.E, device=device, generator=generator).log_().neg_().log_()  # Gumbel noise
     if kind == "zipf":

@@ -2,6 +2,7 @@
 
     info        what this machine can run, op by op, and why not more
     finetune    train a MoE model on Hugging Face's Trainer, optionally against stock Transformers
+    bench       time and memory of MoE layers on this GPU, beside stock Transformers
 
 Everything heavy (torch, Transformers, rich, matplotlib) is imported by the functions that need it, so that ``--help``
 and bad arguments answer at once.

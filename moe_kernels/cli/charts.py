@@ -1,6 +1,9 @@
-"""The pictures of a run: loss curves and how evenly the experts are used."""
+"""The pictures: loss curves and how evenly the experts are used; time and memory of MoE layers."""
 
+import itertools
 from pathlib import Path
+
+from moe_kernels.bench.shapes import SHAPES
 
 _OURS, _STOCK, _GRID = "#0b6e4f", "#f4a259", "#d9d9d9"
 
@@ -82,6 +85,97 @@ def expert_load(path: Path, load: dict[str, list[float]]) -> None:
 
 def _layer(name: str) -> str:
     return next((part for part in name.split(".") if part.isdigit()), name)
+
+
+#: Bars of a shape, from its top; peers, which nobody can list here, come between stock and ours.
+_STOCK_BARS = {"eager": "#c9c1b6", "batched_mm": "#e3cfae", "grouped_mm": _STOCK}
+_SLOW = ("eager", "batched_mm")
+_PEER_COLORS = ("#5b8db8", "#8d7bb5", "#7a8b99")
+
+
+def layers(path: Path, results: dict) -> bool:
+    """Step time and memory of whole blocks, by shape and implementation, from a file of results; False without any."""
+    found = {}
+    for name, row in results["rows"].items():
+        what, shape, *rest = name.split("/")
+        if what == "block" and rest[0] == "uniform" and not rest[1].startswith("moe_kernels_"):  # variants of ours
+            found.setdefault(shape, {})[rest[1]] = row
+    if not found:
+        return False
+    shapes = [shape for shape in SHAPES if shape in found]
+    every = {name for rows in found.values() for name in rows}
+    peers = sorted(every - {*_STOCK_BARS, "moe_kernels"})
+    colors = _STOCK_BARS | dict(zip(peers, itertools.cycle(_PEER_COLORS))) | {"moe_kernels": _OURS}
+    colors = {name: color for name, color in colors.items() if name in every}
+    places, ticks, top = {}, {}, 0.0
+    for shape in shapes:
+        names = [name for name in colors if name in found[shape]]
+        places |= {(shape, name): top + index for index, name in enumerate(names)}
+        ticks[shape] = top + (len(names) - 1) / 2
+        top += len(names) + 0.9
+    # A result file may hold only the steps that add to gradients.
+    step = "step_ms" if all("step_ms" in found[s][n] for s, n in places) else "step_accumulate_ms"
+
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.5 + 0.36 * top), sharey=True, width_ratios=(5, 4), layout="constrained"
+    )
+    times = {place: found[place[0]][place[1]].get(step) for place in places}
+    _step_bars(left, places, {place: ms for place, ms in times.items() if ms is not None}, colors)
+    _bound_lines(left, places, {shape: results["rows"].get(f"bound/{shape}") for shape in shapes})
+    _memory_bars(right, places, {place: found[place[0]][place[1]] for place in places}, colors)
+    adding = "" if step == "step_ms" else ", adding to gradients"
+    left.set_title(f"forward + backward of the MoE block, ms{adding}", loc="left", fontsize=11)
+    right.set_title("memory of the step, MiB: held (dark) and peak", loc="left", fontsize=11)
+    left.set_yticks(list(ticks.values()), list(ticks))
+    left.invert_yaxis()
+    for axis in (left, right):
+        axis.grid(axis="x", color=_GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
+    names = [f"{name} (stock)" if name in _STOCK_BARS else name for name in colors]
+    if left.lines:
+        handles.append(left.lines[0])
+        names.append("bound t_b of the experts: bare products and sums")
+    figure.legend(handles, names, loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    machines = {results["machines"][row["machine"]]["gpu"]["name"] for rows in found.values() for row in rows.values()}
+    figure.suptitle(f"{', '.join(sorted(machines))}, bf16, uniform routing", x=0.01, ha="left", fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return True
+
+
+def _step_bars(axis, places: dict, times: dict, colors: dict) -> None:
+    # Two of stock's may be ten times slower than all others: their bars are cut and say how long they are.
+    longest = max([ms for (_, name), ms in times.items() if name not in _SLOW] or times.values())
+    for place, ms in times.items():
+        axis.barh(places[place], min(ms, longest), height=0.86, color=colors[place[1]])
+        text = f" {ms:.1f}" if ms <= longest else f" {ms:.0f} \u2192"
+        weight = "bold" if place[1] == "moe_kernels" else "normal"
+        axis.text(min(ms, longest), places[place], text, va="center", fontsize=9, fontweight=weight)
+    axis.set_xlim(0, 1.13 * longest)
+
+
+def _bound_lines(axis, places: dict, bounds: dict) -> None:
+    for shape, bound in bounds.items():
+        if bound is not None:
+            rows = [y for (of, _), y in places.items() if of == shape]
+            axis.plot([bound["step_ms"]] * 2, [min(rows) - 0.55, max(rows) + 0.55], color="#222222", linewidth=1.4)
+
+
+def _memory_bars(axis, places: dict, rows: dict, colors: dict) -> None:
+    most = max(row["peak_mib"] for row in rows.values())
+    for (shape, name), row in rows.items():
+        y = places[shape, name]
+        axis.barh(y, row["peak_mib"], height=0.86, color=colors[name], alpha=0.45)
+        axis.barh(y, row["held_mib"], height=0.86, color=colors[name])
+        weight = "bold" if name == "moe_kernels" else "normal"
+        text = f" {row['held_mib']:.0f} / {row['peak_mib']:.0f}"
+        axis.text(row["peak_mib"], y, text, va="center", fontsize=9, fontweight=weight)
+    axis.set_xlim(0, 1.25 * most)
+    axis.locator_params(axis="x", nbins=6)
 
 
 def _pyplot():

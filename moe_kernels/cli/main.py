@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
+from moe_kernels.bench.tile_rows import TUNED
 from moe_kernels.cli import RunError, UsageError
 from moe_kernels.version import __version__
 
@@ -64,7 +66,7 @@ def _positive_float(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     root = _Parser(prog="moe-kernels", description="Fast, lean Mixture-of-Experts training for Transformers v5.")
     root.add_argument("--version", action="version", version=f"moe-kernels {__version__}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="{info,finetune}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="{info,finetune,bench}")
 
     info = commands.add_parser(
         "info",
@@ -108,6 +110,41 @@ def parser() -> argparse.ArgumentParser:
     tune.add_argument(
         "--compare", action="store_true", help="train stock Transformers on the same batches and put it beside"
     )
+
+    bench = commands.add_parser(
+        "bench",
+        help="time and memory of MoE layers on this GPU, beside stock Transformers",
+        description="Check, then measure forward and backward of MoE blocks and of their experts alone, beside stock "
+        "Transformers and the bound of the bare products. Needs a GPU; prints a table, draws bench.png.",
+    )
+    bench.add_argument(
+        "--shape",
+        metavar="NAME",
+        nargs="+",
+        choices=SHAPES,
+        help=f"layers, of {', '.join(SHAPES)} (default: {' '.join(DEFAULT_SHAPES)}; with --tune: {DEFAULT_SHAPES[0]})",
+    )
+    bench.add_argument(
+        "--routing",
+        metavar="KIND",
+        nargs="+",
+        choices=ROUTINGS,
+        default=ROUTINGS[:1],
+        help=f"of the experts alone, of {', '.join(ROUTINGS)} (default: {ROUTINGS[0]})",
+    )
+    bench.add_argument("--peers", action="store_true", help="third-party kernels too, if they can be imported")
+    place = bench.add_mutually_exclusive_group()
+    place.add_argument("--output-dir", metavar="DIR", type=_path, default=Path("moe-kernels-bench"))
+    place.add_argument("--save", action="store_true", help="in a checkout: among the committed results instead")
+    bench.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead: try other tiles of the Triton kernels on this GPU and print the better rows of their table",
+    )
+    bench.add_argument(
+        "--op", metavar="OP", nargs="+", choices=TUNED, help=f"with --tune: of {', '.join(TUNED)} (default: all)"
+    )
+    bench.add_argument("--write", action="store_true", help="with --tune, in a checkout: put the rows into configs.py")
     return root
 
 

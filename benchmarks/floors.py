@@ -1,0 +1,207 @@
+"""What the library has to reach, beside what the committed results say it reaches.
+
+    python -m benchmarks.floors                    everything
+    python -m benchmarks.floors --issue Triton     the floors of the issues whose title has that word
+
+``floors.toml`` holds the floors. A figure is met, short by some percent, missing, or stale: measured on kernels with
+another content hash than the present ones, or beside another run's. Exit status 0 when all that is asked for is met.
+"""
+
+import argparse
+import itertools
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_kernels.bench.machine import content_hash
+from moe_kernels.bench.results import ROOT, load
+
+FLOORS = Path(__file__).with_name("floors.toml")
+RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT_GPU = "nvidia-h100-80gb-hbm3"
+
+RELATIONS: dict[str, Callable[[float, float], bool]] = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
+_STRINGS = ("what", "file", "row", "metric", "relation")
+_KEYS = {*_STRINGS, "directory", "value", "times", "each"}
+MET, SHORT, MISSING, STALE = "met", "short", "missing", "stale"
+_COLOURS = {MET: "green", SHORT: "red", MISSING: "yellow", STALE: "magenta"}
+
+
+class BadFloors(ValueError):
+    """floors.toml says something that can't be checked."""
+
+
+class Floor(NamedTuple):
+    issue: str
+    what: str
+    directory: str | None  # None: that of the GPU
+    file: str
+    row: str
+    metric: str
+    relation: str
+    value: float  # to reach; with times_row, the factor of its metric
+    times_row: str | None
+
+
+class Verdict(NamedTuple):
+    floor: Floor
+    state: str
+    found: float | None
+    allowed: float | None
+    note: str = ""  # by how much it is short, or what is missing
+
+
+# floors.toml
+
+
+def read(path: Path = FLOORS) -> list[Floor]:
+    """The floors of a file, every combination of ``each`` one of its own; :class:`BadFloors` names a bad entry."""
+    try:
+        document = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise BadFloors(f"{path.name}: {error}") from None
+    if document.keys() - {"lists", "issue"}:
+        raise BadFloors(f"{path.name}: has [lists] and [[issue]] and nothing else, got {', '.join(document)}")
+    floors = []
+    for place, issue in enumerate(document.get("issue", []), 1):
+        if issue.keys() != {"title", "floors"}:
+            raise BadFloors(f"{path.name}: issue {place} must have title and floors, got {', '.join(issue)}")
+        for number, entry in enumerate(issue["floors"], 1):
+            try:
+                floors += _expanded(issue["title"], entry, document.get("lists", {}))
+            except BadFloors as error:
+                label = f"floor {number} of {issue['title']!r} ({entry.get('what', '')})"
+                raise BadFloors(f"{path.name}: {label}: {error}") from None
+    return floors
+
+
+def _expanded(issue: str, entry: dict, lists: dict[str, list]) -> Iterator[Floor]:
+    each = {}
+    for name, values in entry.get("each", {}).items():
+        each[name] = lists.get(values) if isinstance(values, str) else values
+        if not isinstance(each[name], list) or not each[name]:
+            raise BadFloors(f"each.{name} must be a list or one of {', '.join(lists) or 'no lists'}, got {values!r}")
+    _check_keys(entry)
+    for combination in itertools.product(*each.values()):
+        yield _floor(issue, entry, dict(zip(each, combination, strict=True)))
+
+
+def _check_keys(entry: dict) -> None:
+    if unknown := entry.keys() - _KEYS:
+        raise BadFloors(f"unknown key {', '.join(sorted(unknown))}; known are {', '.join(sorted(_KEYS))}")
+    for key in _STRINGS:
+        if not isinstance(entry.get(key), str):
+            raise BadFloors(f"{key} must be a string, got {entry.get(key)!r}")
+    if entry["relation"] not in RELATIONS:
+        raise BadFloors(f"relation must be one of {', '.join(RELATIONS)}, got {entry['relation']!r}")
+    if not entry["file"].endswith(".json"):
+        raise BadFloors(f"file must end in .json, got {entry['file']!r}")
+    if ("value" in entry) == ("times" in entry):
+        raise BadFloors("exactly one of value and times is needed")
+    times = entry.get("times", {"row": "", "factor": 1.0})
+    if not isinstance(times, dict) or times.keys() != {"row", "factor"} or not isinstance(times["row"], str):
+        raise BadFloors(f"times must be {{ row, factor }}, got {times!r}")
+    for key, number in (("value", entry.get("value", 0)), ("times.factor", times["factor"])):
+        if not _is_number(number):
+            raise BadFloors(f"{key} must be a number, got {number!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _floor(issue: str, entry: dict, names: dict[str, object]) -> Floor:
+    def filled(text: str | None) -> str | None:
+        try:
+            return text if text is None else text.format_map(names)
+        except (KeyError, ValueError) as error:
+            raise BadFloors(f"{text!r}: no name for {error}; each has {', '.join(names) or 'none'}") from None
+
+    times = entry.get("times", {"row": None, "factor": entry.get("value")})
+    what, file, row, metric, relation = (filled(entry[key]) for key in _STRINGS)
+    directory = filled(entry.get("directory"))
+    return Floor(issue, what, directory, file, row, metric, relation, times["factor"], filled(times["row"]))
+
+
+# The comparison
+
+
+def judge(floor: Floor, results: dict, present_hash: str) -> Verdict:
+    """One floor against the results file it names."""
+    rows = [floor.row] if floor.times_row is None else [floor.row, floor.times_row]
+    figures = [results["rows"].get(row, {}).get(floor.metric) for row in rows]
+    for row, figure in zip(rows, figures, strict=True):
+        if not _is_number(figure):
+            what = floor.metric if row in results["rows"] else "row"
+            return Verdict(floor, MISSING, None, None, f"no {what}" if row == floor.row else f"no {what} of {row}")
+    found, allowed = figures[0], floor.value if floor.times_row is None else floor.value * figures[1]
+    machines = {results["rows"][row]["machine"] for row in rows}
+    note = "" if RELATIONS[floor.relation](found, allowed) else f"short by {_distance(found, allowed)}"
+    if any(results["machines"][machine]["content_hash"] != present_hash for machine in machines):
+        return Verdict(floor, STALE, found, allowed, note or "was met")
+    if len(machines) > 1:
+        return Verdict(floor, STALE, found, allowed, f"{floor.times_row} is of another run")
+    return Verdict(floor, SHORT if note else MET, found, allowed, note)
+
+
+def _distance(found: float, allowed: float) -> str:
+    return f"{100 * abs(found / allowed - 1):.1f} %" if allowed else f"{abs(found):g}"
+
+
+def judged(floors: list[Floor], gpu: Path, present_hash: str) -> list[Verdict]:
+    paths = {floor: (gpu if floor.directory is None else RESULTS / floor.directory) / floor.file for floor in floors}
+    results = {path: load(path) for path in set(paths.values())}
+    return [judge(floor, results[paths[floor]], present_hash) for floor in floors]
+
+
+# The command
+
+
+def show(verdicts: list[Verdict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 160)  # a log should not fold the table
+    for issue, group in itertools.groupby(verdicts, key=lambda verdict: verdict.floor.issue):
+        table = Table(title=issue, title_justify="left")
+        for heading in ("what", "row, metric", "floor", "found", ""):
+            table.add_column(heading, justify="right" if heading in ("floor", "found") else "left")
+        for floor, state, found, allowed, note in group:
+            if allowed is None:
+                limit = f"{floor.value:g}" if floor.times_row is None else f"{floor.value:g}x"
+            else:
+                limit = f"{allowed:.4g}"
+            table.add_row(
+                floor.what,
+                f"{floor.row}, {floor.metric}",
+                f"{floor.relation} {limit}",
+                "" if found is None else f"{found:.4g}",
+                f"[{_COLOURS[state]}]{state}[/]{', ' + note if note else ''}",
+            )
+        console.print(table)
+    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in _COLOURS}
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.floors", description=__doc__.splitlines()[0])
+    parser.add_argument("--issue", default="", metavar="TEXT", help="only issues whose title has this text")
+    parser.add_argument("--gpu", default=DEFAULT_GPU, metavar="NAME", help=f"results of; default: {DEFAULT_GPU}")
+    args = parser.parse_args(arguments)
+    if not (RESULTS / args.gpu).is_dir():
+        there = ", ".join(sorted(path.name for path in RESULTS.iterdir() if path.is_dir()))
+        parser.error(f"--gpu: no results of {args.gpu!r}; there are those of {there}")
+    floors = read()
+    wanted = [floor for floor in floors if args.issue.lower() in floor.issue.lower()]
+    if not wanted:
+        titles = "\n  ".join(dict.fromkeys(floor.issue for floor in floors))
+        parser.error(f"--issue: no title has {args.issue!r}; the titles are\n  {titles}")
+    verdicts = judged(wanted, RESULTS / args.gpu, content_hash())
+    show(verdicts)
+    return 0 if all(verdict.state == MET for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

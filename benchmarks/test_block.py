@@ -1,0 +1,20 @@
+"""The MoE block of Qwen3 and its experts alone, forward and backward, beside stock: block.json."""
+
+import pytest
+
+from moe_kernels.bench import block
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
+
+pytestmark = pytest.mark.gpu
+
+
+def pytest_generate_tests(metafunc):
+    cases = []
+    for name in metafunc.config.getoption("shape") or DEFAULT_SHAPES:
+        # Skewed routings cost as much as uniform ones: one shape shows what they do.
+        cases += block.cases(SHAPES[name], ROUTINGS if name == DEFAULT_SHAPES[0] else ROUTINGS[:1])
+    metafunc.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def test_block(session, timed, case):
+    timed(*block.run(session, case))

@@ -1,0 +1,98 @@
+"""The rows of block.json: a whole MoE block, and its experts alone, forward and backward, beside stock and peers."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from moe_kernels.bench import peers
+from moe_kernels.bench.layer import STOCK, YARDSTICK, backend_of
+from moe_kernels.bench.measure import measure, waiting
+from moe_kernels.bench.session import Session
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, Shape
+
+FILE = "block.json"
+EXPERTS = (YARDSTICK, "moe_kernels", "moe_kernels_recompute")
+#: Stock eager loops over the experts and adds a [T, D] gradient for each: 0.3 s a step here, and that is enough.
+_MOST_EAGER = 128 * 16384
+#: Stock batched_mm copies the weights of every (token, expert) pair, three times over a step.
+_MOST_BATCHED_BYTES = 24 * 2**30
+
+
+class Case(NamedTuple):
+    what: str  # block: with the stock router, whose choice on random data is uniform; experts: routing given
+    shape: Shape
+    routing: str
+    implementation: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}/{self.shape.name}/{self.routing}/{self.implementation}"
+
+
+def cases(shape: Shape, routings: Iterable[str] = ("uniform",)) -> list[Case]:
+    """What is measured of a shape. Stock comes first, so that a row can be held against it."""
+    implementations = [name for name in STOCK if fits(name, shape)] + ["moe_kernels"]
+    if shape.name == DEFAULT_SHAPES[0]:  # one shape shows what the choices do
+        implementations += ["moe_kernels_recompute", "moe_kernels_triton"]
+    return [Case("block", shape, "uniform", name) for name in implementations] + [
+        Case("experts", shape, kind, name) for kind in routings for name in EXPERTS
+    ]
+
+
+def fits(implementation: str, shape: Shape, backward: bool = True) -> bool:
+    """Is it worth timing there? What takes seconds or all the memory says nothing."""
+    if implementation == "eager":
+        return shape.E * shape.T <= _MOST_EAGER
+    if implementation == "batched_mm":
+        return batched_bytes(shape) * (3 if backward else 1) <= _MOST_BATCHED_BYTES
+    return True
+
+
+def batched_bytes(shape: Shape) -> int:
+    return shape.rows * 3 * shape.I * shape.D * 2
+
+
+def run(session: Session, case: Case) -> tuple[Callable[[], None], dict]:
+    """Check, measure and record one case: a step for a clock on the host, and its row."""
+    layer, shape = session.layer(case.shape), case.shape
+    errors = layer.errors(case.what, case.routing, case.implementation)
+    forward = layer.forward(case.what, case.routing, case.implementation)
+    with backend_of(case.implementation):
+        measured = measure(forward, layer.d_out)
+    row = measured._asdict()
+    row["forward_tflops"] = shape.forward_flops / measured.forward_ms / 1e9
+    row["step_tflops"] = 3 * shape.forward_flops / measured.step_ms / 1e9
+    if case.what == "experts":
+        row |= _compared(session, case, row)
+    if case.routing == "uniform" and (case.what == "experts" or case.implementation not in EXPERTS):
+        session.record(FILE, f"error/{shape.name}/{case.implementation}", errors)
+
+    def step() -> None:
+        with backend_of(case.implementation):
+            forward().backward(layer.d_out)
+
+    return waiting(step), session.record(FILE, case.name, row)
+
+
+def _compared(session: Session, case: Case, row: dict) -> dict:
+    """The experts beside the bound, and beside themselves on the uniform routing."""
+    bound = session.bound(case.shape, case.routing)
+    compared = {
+        "forward_over_bound": row["forward_ms"] / bound["forward_ms"],
+        "step_over_bound": row["step_ms"] / bound["step_ms"],
+    }
+    session.record(FILE, f"bound/{case.shape.name}", session.bound(case.shape, "uniform"))
+    uniform = session.find(FILE, case._replace(routing="uniform").name)
+    if case.routing != "uniform" and uniform:
+        compared["step_over_uniform"] = row["step_ms"] / uniform["step_ms"]
+    return compared
+
+
+def run_peer(session: Session, shape: Shape, name: str) -> str | None:
+    """Measure and record a peer's block, in a process of its own; the reason if there is nothing to record."""
+    session.release()  # the other process needs the memory
+    found = peers.measure_peer(name, shape)
+    if "reason" in found:
+        return found["reason"]
+    for row_name, row in found.items():
+        session.record(FILE, row_name, row)
+    return None

@@ -1,0 +1,80 @@
+"""The rows of extra.json: the block under autocast with fp32 parameters, in a CUDA graph, and compiled."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+
+from moe_kernels.bench import block
+from moe_kernels.bench.layer import SANE, STOCK, Inaccurate, forward_block, gradients
+from moe_kernels.bench.measure import capture, measure, median_ms, waiting
+from moe_kernels.bench.session import Session
+from moe_kernels.bench.shapes import Shape
+
+FILE = "extra.json"
+OURS = "moe_kernels"
+
+
+def run_autocast(session: Session, shape: Shape, implementation: str) -> tuple[Callable[[], None], dict]:
+    """fp32 parameters and input under bf16 autocast. They hold bf16 numbers, so the truth is that of the bf16 block."""
+    layer = session.layer(shape)
+    module = copy.deepcopy(layer.module("block", implementation)).float()
+    x = layer.x.detach().float().requires_grad_()
+    d_out = layer.d_out.float()
+
+    def forward() -> torch.Tensor:
+        with torch.autocast(layer.device, torch.bfloat16):
+            return forward_block(module, x)
+
+    leaves = x, module.gate.weight, module.experts.gate_up_proj, module.experts.down_proj
+    name = f"autocast/{shape.name}/{implementation}"
+    limit = SANE if implementation in STOCK else None
+    layer.check(name, "block", "uniform", gradients(forward, leaves, d_out), limit=limit)
+    row = measure(forward, d_out)._asdict()
+    if implementation == OURS:
+        row["over_bf16"] = row["step_ms"] / _step_ms(session, shape)
+    return waiting(lambda: forward().backward(d_out)), session.record(FILE, name, row)
+
+
+def _step_ms(session: Session, shape: Shape) -> float:
+    """Of our block in pure bf16, in this run."""
+    case = block.Case("block", shape, "uniform", OURS)
+    return (session.find(block.FILE, case.name) or block.run(session, case)[1])["step_ms"]
+
+
+def run_graph(session: Session, shape: Shape) -> tuple[Callable[[], None], dict]:
+    """Forward and backward captured in one CUDA graph: the same results, bit for bit, and the time of a replay."""
+    layer = session.layer(shape)
+    forward, leaves = layer.forward("block", "uniform", OURS), layer.leaves("block", "uniform")
+
+    def step() -> list[torch.Tensor]:
+        return gradients(forward, leaves, layer.d_out)
+
+    eager = step()
+    graph, captured = capture(step)
+    for tensor in captured:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    name = f"graph/{shape.name}/{OURS}"
+    if not all(torch.equal(a, b) for a, b in zip(eager, captured, strict=True)):
+        raise Inaccurate(f"{name}: the replay's output and gradients differ from eager ones")
+    step_ms, eager_step_ms = median_ms(graph.replay), median_ms(step)
+    row = {"step_ms": step_ms, "eager_step_ms": eager_step_ms, "over_eager": step_ms / eager_step_ms}
+    return waiting(graph.replay), session.record(FILE, name, row)
+
+
+def run_compile(session: Session, shape: Shape) -> tuple[Callable[[], None], dict]:
+    """``torch.compile(block, fullgraph=True)``, beside the same block in eager mode."""
+    layer = session.layer(shape)
+    torch._dynamo.reset()
+    module = torch.compile(layer.module("block", OURS), fullgraph=True)
+    name = f"compile/{shape.name}/{OURS}"
+
+    def forward() -> torch.Tensor:
+        return forward_block(module, layer.x)
+
+    layer.check(name, "block", "uniform", gradients(forward, layer.leaves("block", "uniform"), layer.d_out))
+    row = measure(forward, layer.d_out)._asdict()
+    eager = measure(layer.forward("block", "uniform", OURS), layer.d_out)
+    row |= {"over_eager": row["step_ms"] / eager.step_ms, "peak_over_eager": row["peak_mib"] / eager.peak_mib}
+    return waiting(lambda: forward().backward(layer.d_out)), session.record(FILE, name, row)

@@ -1,0 +1,245 @@
+"""The rows of ops.json: GPU time of each op on each backend, at the size one layer gives it.
+
+Short ops are timed by graph replay over rotating inputs, so that those that fit in L2 are cold, which flatters nobody:
+in a layer the indices and the logits have just been written and are warm. Everything else is larger than L2 by itself.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_kernels import backends, use_backend
+from moe_kernels.bench import ceilings
+from moe_kernels.bench.layer import TIMES_YARDSTICK, Inaccurate, relative_l2
+from moe_kernels.bench.measure import cold_copies, graph_us, median_ms, waiting
+from moe_kernels.bench.session import Session
+from moe_kernels.bench.shapes import Shape, routing
+from moe_kernels.functional import RoutingPlan, routing_plan
+
+FILE = "ops.json"
+BACKENDS = ("triton", "cuda")
+_GRAPH_BELOW_MS = 1
+
+
+class Inputs(NamedTuple):
+    """What the ops of one layer read: random, unit scale, bf16."""
+
+    num_experts: int
+    plan: RoutingPlan
+    indices: Tensor
+    weights: Tensor
+    logits: Tensor
+    x: Tensor
+    d_out: Tensor
+    w_gate_up: Tensor
+    w_down: Tensor
+    h: Tensor
+    dh: Tensor
+    a: Tensor
+    y: Tensor
+
+
+class Op(NamedTuple):
+    op: str  # its name in backends.OPS
+    reads: tuple[str, ...]
+    run: Callable[[Inputs], Sequence[Tensor]]
+    product: str | None = None  # the part of the bound that it is
+    flops: int = 0  # useful ones, per R * D * I
+    moved: Callable[[Shape], int] | None = None  # useful bytes
+    over: str | None = None  # the input that it writes its result over
+
+
+def _routing_plan(i: Inputs) -> Sequence[Tensor]:
+    return torch.ops.moe_kernels.routing_plan(i.indices, i.num_experts, i.plan.block_m)
+
+
+def _topk_route(i: Inputs) -> Sequence[Tensor]:
+    how = ("softmax", False, True, 0.0, 1.0, 1, 1)  # Qwen3's
+    return torch.ops.moe_kernels.topk_route(i.logits, None, i.plan.top_k, *how)
+
+
+def _gate_up(i: Inputs) -> Sequence[Tensor]:
+    p = i.plan
+    arguments = (p.offsets_E1, p.slots_R, p.tiles_2M, p.block_m, p.top_k, "swiglu", True, True)
+    return torch.ops.moe_kernels.gate_up(i.x, i.w_gate_up, None, *arguments)
+
+
+def _grouped_gemm(rows: Tensor, weights: Tensor, plan: RoutingPlan, trans_w: bool) -> Sequence[Tensor]:
+    arguments = (None, plan.offsets_E1, plan.tiles_2M, plan.block_m, trans_w)
+    return (torch.ops.moe_kernels.grouped_gemm(rows, weights, *arguments),)
+
+
+def _d_activation(i: Inputs) -> Sequence[Tensor]:
+    p = i.plan
+    arguments = (i.weights, p.offsets_E1, p.slots_R, p.tiles_2M, p.block_m, "swiglu")
+    return i.h, *torch.ops.moe_kernels.d_activation_(i.d_out, i.w_down, i.h, *arguments)
+
+
+def _grouped_wgrad(lhs: Tensor, rhs: Tensor, gather: str, plan: RoutingPlan) -> Sequence[Tensor]:
+    arguments = (plan.offsets_E1, plan.slots_R, plan.top_k, gather, False, lhs.dtype)
+    return (torch.ops.moe_kernels.grouped_wgrad(lhs, rhs, *arguments)[0],)
+
+
+def _combine(i: Inputs) -> Sequence[Tensor]:
+    out = i.y.new_empty(i.x.shape)
+    torch.ops.moe_kernels.combine(out, i.y, i.plan.positions_TK, i.weights, None)
+    return (out,)
+
+
+def _permute(i: Inputs) -> Sequence[Tensor]:
+    return (torch.ops.moe_kernels.permute(i.x, None, i.plan.offsets_E1, i.plan.slots_R, i.plan.top_k),)
+
+
+def _unpermute(i: Inputs) -> Sequence[Tensor]:
+    return (torch.ops.moe_kernels.unpermute(i.y, i.plan.positions_TK, i.weights),)
+
+
+def _rows_and_tokens(shape: Shape) -> int:
+    return 2 * (shape.rows + shape.T) * shape.D
+
+
+OPS = {
+    "routing_plan": Op("routing_plan", ("indices",), _routing_plan, moved=lambda s: s.rows * (8 + 4 + 4)),
+    "topk_route": Op("topk_route", ("logits",), _topk_route, moved=lambda s: 2 * s.T * s.E + s.rows * (4 + 8)),
+    "gate_up": Op("gate_up", ("x", "w_gate_up"), _gate_up, "up", 4),
+    "grouped_gemm_down": Op(
+        "grouped_gemm", ("a", "w_down"), lambda i: _grouped_gemm(i.a, i.w_down, i.plan, True), "down", 2
+    ),
+    "d_activation": Op("d_activation", ("d_out", "w_down", "h", "weights"), _d_activation, "d_a", 2, over="h"),
+    "grouped_wgrad_down": Op(
+        "grouped_wgrad", ("d_out", "a"), lambda i: _grouped_wgrad(i.d_out, i.a, "lhs", i.plan), "dw_down", 2
+    ),
+    "grouped_gemm_dx": Op(
+        "grouped_gemm", ("dh", "w_gate_up"), lambda i: _grouped_gemm(i.dh, i.w_gate_up, i.plan, False), "dx", 4
+    ),
+    "grouped_wgrad_gate_up": Op(
+        "grouped_wgrad", ("dh", "x"), lambda i: _grouped_wgrad(i.dh, i.x, "rhs", i.plan), "dw_gate_up", 4
+    ),
+    "combine": Op("combine", ("y", "weights"), _combine, moved=_rows_and_tokens),
+    "permute": Op("permute", ("x",), _permute, moved=_rows_and_tokens),
+    "unpermute": Op("unpermute", ("y", "weights"), _unpermute, moved=_rows_and_tokens),
+}
+
+
+def cases() -> list[tuple[str, str]]:
+    """(op, backend) for every backend that has it."""
+    return [
+        (name, backend) for name, op in OPS.items() for backend in BACKENDS if op.op in backends.IMPLEMENTS[backend]
+    ]
+
+
+def why_not(session: Session, shape: Shape, name: str, backend: str) -> str | None:
+    """The reason why the backend can't run the op here, or None."""
+    dtype = None if name == "routing_plan" else torch.bfloat16
+    problem = backends.Problem(torch.device(session.device), dtype, () if dtype is None else (shape.D, shape.I))
+    return backends.why_not(backend, OPS[name].op, problem)
+
+
+def run(session: Session, shape: Shape, name: str, backend: str) -> tuple[Callable[[], None], dict]:
+    """Check, measure and record one op on one backend: a call for a clock on the host, and its row."""
+    op, inputs = OPS[name], inputs_of(shape, session.device)
+    check(name, shape, session.device, backend)
+    with use_backend(backend):
+        us = gpu_us(op, inputs)
+    row = {"gpu_us": us}
+    if op.product is not None:
+        row["tflops"] = op.flops * shape.rows * shape.D * shape.I / us / 1e6
+        padded = ceilings.padding(inputs.plan.tokens_per_expert_E)
+        row["of_bmm"] = session.products_ms(shape)[op.product] * padded * 1e3 / us
+    else:
+        row["tb_per_s"] = op.moved(shape) / us / 1e6
+        row["of_copy"] = row["tb_per_s"] * 1e12 / session.bytes_per_second
+    scratch = kept(op, inputs)
+
+    def call() -> None:
+        with use_backend(backend):
+            op.run(scratch)
+
+    return waiting(call), session.record(FILE, f"op/{name}/{shape.name}/{backend}", row)
+
+
+def gpu_us(op: Op, inputs: Inputs) -> float:
+    if op.over is not None:  # given back its input before each call, untimed: what it left there is ever smaller
+        copy = kept(op, inputs)
+        restore = functools.partial(getattr(copy, op.over).copy_, getattr(inputs, op.over))
+        return median_ms(lambda: op.run(copy), prepare=restore) * 1e3
+    if median_ms(lambda: op.run(inputs), repeats=3) >= _GRAPH_BELOW_MS:
+        return median_ms(lambda: op.run(inputs)) * 1e3
+    size = sum(getattr(inputs, name).nbytes for name in op.reads)
+    l2 = torch.cuda.get_device_properties(inputs.x.device).L2_cache_size
+    others = [
+        inputs._replace(**{name: getattr(inputs, name).clone() for name in op.reads})
+        for _ in range(cold_copies(size, l2) - 1)
+    ]
+    return graph_us([functools.partial(op.run, each) for each in (inputs, *others)])
+
+
+def check(name: str, shape: Shape, device: str, backend: str) -> None:
+    """Within twice the error of plain torch in bf16, or of one rounding where that makes none; integers equal."""
+    truth, limits = _expected(name, shape, device)
+    op = OPS[name]
+    with use_backend(backend):
+        found = op.run(kept(op, inputs_of(shape, device)))
+    for place, (value, true, limit) in enumerate(zip(found, truth, limits, strict=True)):
+        which = f"op/{name}/{shape.name}/{backend}: result {place}"
+        if limit is None:
+            if not torch.equal(_meaning(name, value), _meaning(name, true)):
+                raise Inaccurate(f"{which} is wrong")
+        elif not (error := relative_l2(value, true)) <= limit:  # NaN too; a copy is exact
+            raise Inaccurate(f"{which} has a relative error of {error:.2e}, allowed {limit:.2e}")
+
+
+def _meaning(name: str, value: Tensor) -> Tensor:
+    """The row of an unused tile of a plan means nothing."""
+    return torch.where(value[:1] < 0, -1, value) if name == "routing_plan" and value.shape[0] == 2 else value
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(name: str, shape: Shape, device: str) -> tuple[Sequence[Tensor], list[float | None]]:
+    """What fp32 gives on the same bf16 numbers, and the error allowed of each result; None for integers."""
+    op, inputs = OPS[name], inputs_of(shape, device)
+    floats = {name: getattr(inputs, name) for name in op.reads if getattr(inputs, name).is_floating_point()}
+    with use_backend("reference"):
+        truth = op.run(inputs._replace(**{name: tensor.float() for name, tensor in floats.items()}))
+        plain = op.run(kept(op, inputs))
+    limits = [
+        TIMES_YARDSTICK * max(relative_l2(value, true), relative_l2(true.bfloat16(), true))
+        if true.is_floating_point()
+        else None
+        for value, true in zip(plain, truth, strict=True)
+    ]
+    return truth, limits
+
+
+def kept(op: Op, inputs: Inputs) -> Inputs:
+    """Inputs that the op may write over."""
+    return inputs if op.over is None else inputs._replace(**{op.over: getattr(inputs, op.over).clone()})
+
+
+@functools.lru_cache(maxsize=1)
+def inputs_of(shape: Shape, device: str) -> Inputs:
+    torch.manual_seed(0)
+    weights, indices = routing("uniform", shape, device)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+
+    R, D, I, E = shape.rows, shape.D, shape.I, shape.E  # noqa: E741
+    return Inputs(
+        num_experts=E,
+        plan=routing_plan(indices, E),
+        indices=indices,
+        weights=weights,
+        logits=random(shape.T, E),
+        x=random(shape.T, D),
+        d_out=random(shape.T, D),
+        w_gate_up=random(E, 2 * I, D) * 0.02,
+        w_down=random(E, D, I) * 0.02,
+        h=random(R, 2 * I),
+        dh=random(R, 2 * I),
+        a=random(R, I),
+        y=random(R, D),
+    )

@@ -1,0 +1,250 @@
+"""Third-party MoE experts in the block of Qwen3, measured in a process that can be killed.
+
+    python -m moe_kernels.bench.peers --peer sonicmoe --shape qwen3-30b --cap 120
+
+Peers tune themselves during their first call, some of them for many minutes, and that can't be interrupted from within.
+So a peer runs in a process of its own, which says where it is; one that stays too long is killed and its rows say so.
+
+liger: what LigerExperts of liger-kernel calls (Triton, tuned anew in every process).
+sonicmoe: SonicMoE's functional for a given routing (CuTe DSL; keeps what it compiled and tuned under QUACK_CACHE_DIR).
+sonic-moe 0.1.2.post1 declares torch <= 2.9.1, so it is installed without its dependencies, beside quack-kernels 0.3.11,
+nvidia-cutlass-dsl and nvidia-cutlass-dsl-libs-base 4.4.2, apache-tvm-ffi and torch-c-dlpack-ext, with
+nvidia_cutlass_dsl/python_packages on PYTHONPATH.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.bench.results import ROOT
+from moe_kernels.bench.shapes import SHAPES, Shape
+
+#: Before and after the first call: imports and the layer; the check against fp32 and the measurement.
+_LIMITS_S = {"start": 180, "measurement": 120}
+_FIRST_CALL = "first call"
+#: What a line for the parent begins with; peers print lines of their own.
+_MARK = "moe_kernels.bench.peers: "
+
+
+# The peers: experts(rows_TD, indices_TK, weights_TK) -> out_TD on the parameters of a Transformers experts module
+
+
+def _liger(experts: nn.Module, shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from liger_kernel.ops import LigerFusedMoEFunction
+
+    def run(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        parameters = experts.gate_up_proj, experts.down_proj
+        return LigerFusedMoEFunction.apply(x_TD, *parameters, indices_TK.int(), weights_TK)
+
+    return run
+
+
+def _sonicmoe(experts: nn.Module, shape: Shape) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from sonicmoe import moe_general_routing_inputs
+    from sonicmoe.enums import ActivationType
+
+    device = experts.gate_up_proj.device
+    token_of_slot = torch.arange(shape.T, device=device, dtype=torch.int32).repeat_interleave(shape.K)
+
+    def run(x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        out_TD, _ = moe_general_routing_inputs(
+            x_TD,
+            weights_TK.reshape(-1),
+            token_of_slot,
+            indices_TK.reshape(-1).int(),
+            experts.gate_up_proj.permute(1, 2, 0),  # [2I, D, E], a view
+            None,
+            experts.down_proj.permute(1, 2, 0),  # [D, I, E], a view
+            None,
+            E=shape.E,
+            stream_id=None,
+            activation_type=ActivationType.SWIGLU,
+            is_inference_mode_enabled=not torch.is_grad_enabled(),
+            concat_layout=True,  # gate rows, then up rows, as Transformers keeps them
+        )
+        return out_TD
+
+    return run
+
+
+class Peer(NamedTuple):
+    build: Callable[[nn.Module, Shape], Callable[[Tensor, Tensor, Tensor], Tensor]]
+    modules: tuple[str, ...]  # that have to be importable
+    capabilities: tuple[int, ...]  # major compute capabilities it has kernels for
+    cap_s: int  # default limit of the first call
+
+
+PEERS = {
+    "liger": Peer(_liger, ("liger_kernel", "triton"), (8, 9, 10, 12), 150),
+    "sonicmoe": Peer(_sonicmoe, ("sonicmoe", "quack", "cutlass", "tvm_ffi"), (9, 10), 120),
+}
+
+
+def available() -> dict[str, str | None]:
+    """Each peer with None, or the reason why it can't run here. Imports none of them."""
+    return {name: _why_not(peer) for name, peer in PEERS.items()}
+
+
+def _why_not(peer: Peer) -> str | None:
+    missing = [name for name in peer.modules if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not installed: no module named {', '.join(missing)}"
+    if not torch.cuda.is_available():
+        return "no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    if major not in peer.capabilities:
+        return f"has no kernels for compute capability {major}.{minor}"
+    return None
+
+
+def peer_block(name: str, shape: Shape, block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A block of Transformers' Qwen3-MoE, same parameters and stock router, with the experts of a peer.
+
+    Args:
+        name: one of ``PEERS``.
+        shape: of the block; every call has its T tokens.
+        block: a ``Qwen3MoeSparseMoeBlock``.
+
+    Returns:
+        x [..., D] of T tokens -> [..., D], differentiable in x and in the block's parameters. Its first call may take
+        minutes: :func:`measure_peer`.
+    """
+    run = _peer(name, "peer_block").build(block.experts, shape)
+
+    def forward(x: Tensor) -> Tensor:
+        rows_TD = x.reshape(-1, shape.D)
+        _, weights_TK, indices_TK = block.gate(rows_TD)
+        return run(rows_TD, indices_TK, weights_TK).view(x.shape)
+
+    return forward
+
+
+def _peer(name: str, caller: str) -> Peer:
+    if name not in PEERS:
+        raise ValueError(f"{caller}: name must be one of {', '.join(PEERS)}, got {name!r}")
+    return PEERS[name]
+
+
+# The parent
+
+
+def measure_peer(name: str, shape: Shape, cap_s: float | None = None) -> dict:
+    """The rows of one peer for ``block.json``, or {"reason": why there are none}.
+
+    Args:
+        name: one of ``PEERS``.
+        shape: one of ``SHAPES``.
+        cap_s: seconds the first call (forward and backward, with all tuning) may take; default: the peer's own.
+    """
+    peer = _peer(name, "measure_peer")
+    if (reason := _why_not(peer)) is not None:
+        return {"reason": reason}
+    command = [sys.executable, "-m", "moe_kernels.bench.peers", "--here", f"--peer={name}", f"--shape={shape.name}"]
+    limits = _LIMITS_S | {_FIRST_CALL: peer.cap_s if cap_s is None else cap_s}
+    workers = {"QUACK_COMPILE_WORKERS": str(min(16, os.cpu_count() or 1))}  # SonicMoE's, while it tunes
+    return watch(command, limits, "start", workers | os.environ)
+
+
+def watch(command: Sequence[str], limits: Mapping[str, float], stage: str, environment: Mapping[str, str]) -> dict:
+    """Run a command that tells its stages, kill it and all it started when one takes too long; its result or a reason.
+
+    Args:
+        command: says ``{"stage": name}`` and at last its result, with :func:`say`.
+        limits: seconds allowed for each stage.
+        stage: the one it starts in.
+        environment: of the command.
+    """
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT, start_new_session=True
+        )
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+        result, deadline = None, time.monotonic() + limits[stage]
+        try:
+            while (line := lines.get(timeout=max(0, deadline - time.monotonic()))) is not None:
+                _, mark, text = line.partition(_MARK)
+                message = json.loads(text) if mark else {}
+                if "stage" in message:
+                    stage = message["stage"]
+                    deadline = time.monotonic() + limits[stage]
+                elif mark:
+                    result = message
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=10)
+        except queue.Empty:
+            return {"reason": f"{stage} not finished in {limits[stage]:g} s"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its workers may outlive it
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        errors.seek(0)
+        said = [line.strip() for line in errors if line.strip()]
+        return result or {"reason": f"{stage} failed: {said[-1] if said else f'exit status {code}'}"}
+
+
+def _read(stream, lines: queue.Queue) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+# The child
+
+
+def say(message: dict) -> None:
+    print(f"{_MARK}{json.dumps(message)}", flush=True)
+
+
+def measure_here(name: str, shape: Shape) -> dict[str, dict]:
+    """The rows of a peer, measured in this process: the first call, then all that is measured of any block."""
+    from moe_kernels.bench.block import FILE, Case, run
+    from moe_kernels.bench.layer import gradients
+    from moe_kernels.bench.session import Session
+
+    session, case = Session(), Case("block", shape, "uniform", name)
+    layer = session.layer(shape)
+    which = case.what, case.routing
+    say({"stage": _FIRST_CALL})
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    gradients(layer.forward(*which, name), layer.leaves(*which), layer.d_out)
+    torch.cuda.synchronize()
+    first_call_s = time.perf_counter() - start
+    say({"stage": "measurement"})
+    run(session, case)
+    session.rows[FILE][case.name]["first_call_s"] = round(first_call_s, 1)
+    return session.rows[FILE]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", choices=PEERS, required=True)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-30b", help="default: qwen3-30b")
+    parser.add_argument("--cap", type=float, metavar="S", help="seconds that the first call may take")
+    parser.add_argument("--here", action="store_true", help="in this process, without a limit")
+    args = parser.parse_args()
+    if args.here:
+        say(measure_here(args.peer, SHAPES[args.shape]))
+        return 0
+    result = measure_peer(args.peer, SHAPES[args.shape], args.cap)
+    print(json.dumps(result))
+    return "reason" in result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""The floors: what the file may say, what a figure is judged to be, and that the committed file is sound."""
+
+import json
+
+import pytest
+
+from benchmarks import floors
+from benchmarks.floors import MET, MISSING, SHORT, STALE, BadFloors, Floor
+
+ENTRY = {
+    "what": "a step",
+    "file": "block.json",
+    "row": "block/a/ours",
+    "metric": "step_ms",
+    "relation": "<=",
+    "value": 2.0,
+}
+FLOOR = Floor("an issue", "a step", None, "block.json", "block/a/ours", "step_ms", "<=", 2.0, None)
+HASH = "now"
+
+
+def document(tmp_path, *entries, lists=None):
+    """A floors.toml with one issue. JSON strings, numbers and lists are TOML as well."""
+
+    def table(values: dict) -> str:
+        pairs = (f"{key} = {table(v) if isinstance(v, dict) else json.dumps(v)}" for key, v in values.items())
+        return "{ " + ", ".join(pairs) + " }"
+
+    body = ",\n".join(map(table, entries))
+    path = tmp_path / "floors.toml"
+    path.write_text(f'lists = {table(lists or {})}\n[[issue]]\ntitle = "an issue"\nfloors = [\n{body}\n]\n')
+    return path
+
+
+def results(machine_hash=HASH, other_machine=False, **rows):
+    """A results file with rows of one machine; the last row of another one if asked for."""
+    names = list(rows)
+    machine = {name: "m" for name in names} | ({names[-1]: "n"} if other_machine else {})
+    return {
+        "machines": {"m": {"content_hash": machine_hash}, "n": {"content_hash": HASH}},
+        "rows": {name.replace("_", "/"): {**row, "machine": machine[name]} for name, row in rows.items()},
+    }
+
+
+# The file
+
+
+def test_a_plain_entry(tmp_path):
+    assert floors.read(document(tmp_path, ENTRY)) == [FLOOR]
+
+
+def test_each_makes_a_floor_of_every_combination(tmp_path):
+    entry = ENTRY | {"row": "{what}/{shape}/ours", "each": {"shape": ["a", "b"], "what": "kinds"}}
+    rows = [floor.row for floor in floors.read(document(tmp_path, entry, lists={"kinds": ["block", "experts"]}))]
+    assert rows == ["block/a/ours", "experts/a/ours", "block/b/ours", "experts/b/ours"]
+
+
+def test_a_floor_relative_to_another_row(tmp_path):
+    entry = {key: value for key, value in ENTRY.items() if key != "value"}
+    entry |= {"times": {"row": "block/{shape}/peer", "factor": 0.8}, "each": {"shape": ["a"]}}
+    (floor,) = floors.read(document(tmp_path, entry))
+    assert (floor.value, floor.times_row) == (0.8, "block/a/peer")
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"relation": "<"}, "relation must be one of <=, >=, got '<'"),
+        ({"metric": 3}, "metric must be a string, got 3"),
+        ({"row": None}, "row must be a string, got None"),
+        ({"value": "fast"}, "value must be a number, got 'fast'"),
+        ({"value": True}, "value must be a number, got True"),
+        ({"value": None}, "exactly one of value and times"),
+        ({"times": {"row": "x", "factor": 1}}, "exactly one of value and times"),
+        ({"value": None, "times": {"row": "x"}}, "times must be { row, factor }"),
+        ({"value": None, "times": {"row": "x", "factor": "y"}}, "times.factor must be a number"),
+        ({"file": "block"}, "file must end in .json"),
+        ({"valeu": 1}, "unknown key valeu"),
+        ({"row": "block/{shape}/ours"}, "no name for 'shape'"),
+        ({"each": {"shape": "nowhere"}}, "each.shape must be a list or one of sizes, got 'nowhere'"),
+        ({"each": {"shape": []}}, "each.shape must be a list"),
+    ],
+)
+def test_a_bad_entry_is_named(tmp_path, change, complaint):
+    entry = {key: value for key, value in (ENTRY | change).items() if value is not None}
+    with pytest.raises(BadFloors) as error:
+        floors.read(document(tmp_path, ENTRY, entry, lists={"sizes": [1]}))
+    assert complaint in str(error.value)
+    assert "floors.toml: floor 2 of 'an issue' (a step)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("[[issue]", "floors.toml: "),
+        ("[[issues]]\n", "has [lists] and [[issue]] and nothing else, got issues"),
+        ('[[issue]]\ntitle = "x"\n', "issue 1 must have title and floors, got title"),
+    ],
+)
+def test_a_file_of_another_form(tmp_path, text, complaint):
+    path = tmp_path / "floors.toml"
+    path.write_text(text)
+    with pytest.raises(BadFloors) as error:
+        floors.read(path)
+    assert complaint in str(error.value)
+
+
+def test_the_committed_file_is_sound():
+    found = floors.read()
+    assert len({floor.issue for floor in found}) == 4
+    assert len(found) == len(set(found)), "a floor twice"
+    for floor in found:
+        assert "{" not in floor.what + floor.row + floor.metric
+        assert floor.value >= 0
+
+
+# The comparison
+
+
+@pytest.mark.parametrize(
+    "relation, found, state, note",
+    [
+        ("<=", 1.5, MET, ""),
+        ("<=", 2.0, MET, ""),
+        ("<=", 2.5, SHORT, "short by 25.0 %"),
+        (">=", 2.5, MET, ""),
+        (">=", 2.0, MET, ""),
+        (">=", 1.5, SHORT, "short by 25.0 %"),
+        ("<=", float("nan"), SHORT, "short by nan %"),
+    ],
+)
+def test_relations(relation, found, state, note):
+    verdict = floors.judge(FLOOR._replace(relation=relation), results(block_a_ours={"step_ms": found}), HASH)
+    assert (verdict.state, verdict.note) == (state, note)
+
+
+def test_a_limit_of_zero_has_no_percent():
+    verdict = floors.judge(FLOOR._replace(value=0), results(block_a_ours={"step_ms": 3}), HASH)
+    assert (verdict.state, verdict.note) == (SHORT, "short by 3")
+
+
+@pytest.mark.parametrize(
+    "rows, note",
+    [
+        ({"block_b_ours": {"step_ms": 1.0}}, "no row"),
+        ({"block_a_ours": {"forward_ms": 1.0}}, "no step_ms"),
+        ({"block_a_ours": {"step_ms": "not finished"}}, "no step_ms"),
+    ],
+)
+def test_missing(rows, note):
+    verdict = floors.judge(FLOOR, results(**rows), HASH)
+    assert (verdict.state, verdict.note, verdict.found) == (MISSING, note, None)
+
+
+@pytest.mark.parametrize("found, note", [(1.0, "was met"), (3.0, "short by 50.0 %")])
+def test_stale(found, note):
+    verdict = floors.judge(FLOOR, results("then", block_a_ours={"step_ms": found}), HASH)
+    assert (verdict.state, verdict.note) == (STALE, note)
+
+
+@pytest.mark.parametrize("peer, state", [(5.0, MET), (4.0, SHORT)])
+def test_beside_another_row(peer, state):
+    floor = FLOOR._replace(value=0.5, times_row="block/a/peer")
+    rows = results(block_a_ours={"step_ms": 2.5}, block_a_peer={"step_ms": peer})
+    verdict = floors.judge(floor, rows, HASH)
+    assert (verdict.state, verdict.allowed) == (state, peer / 2)
+
+
+def test_beside_another_row_that_is_missing():
+    floor = FLOOR._replace(value=0.5, times_row="block/a/peer")
+    verdict = floors.judge(floor, results(block_a_ours={"step_ms": 2.5}), HASH)
+    assert (verdict.state, verdict.note) == (MISSING, "no row of block/a/peer")
+
+
+def test_rows_of_two_runs_are_not_compared():
+    floor = FLOOR._replace(value=0.5, times_row="block/a/peer")
+    rows = results(other_machine=True, block_a_ours={"step_ms": 1.0}, block_a_peer={"step_ms": 5.0})
+    assert floors.judge(floor, rows, HASH).state == STALE
+
+
+# The command
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A place with floors and results: step_ms 1.0 and 9.0 against 2.0."""
+    (tmp_path / "results" / "a-gpu").mkdir(parents=True)
+    found = results(block_a_ours={"step_ms": 1.0}, block_b_ours={"step_ms": 9.0})
+    (tmp_path / "results" / "a-gpu" / "block.json").write_text(json.dumps(found))
+    path = document(tmp_path, ENTRY)
+    slow = path.read_text().replace("an issue", "another issue").replace("block/a", "block/b")
+    path.write_text(path.read_text() + slow.partition("\n")[2])
+    read = floors.read
+    monkeypatch.setattr(floors, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(floors, "read", lambda: read(path))
+    monkeypatch.setattr(floors, "content_hash", lambda: HASH)
+
+
+@pytest.mark.parametrize("issue, code", [("AN ISSUE", 0), ("another", 1), ("", 1)])
+def test_exit_status(measured, capsys, issue, code):
+    assert floors.main(["--gpu", "a-gpu", "--issue", issue]) == code
+    out = capsys.readouterr().out
+    assert ("short by 350.0 %" in out) == bool(code)
+    assert "step_ms" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--gpu", "b-gpu"], "no results of 'b-gpu'; there are those of a-gpu"),
+        (
+            ["--gpu", "a-gpu", "--issue", "nothing"],
+            "no title has 'nothing'; the titles are\n  an issue\n  another issue",
+        ),
+    ],
+)
+def test_bad_arguments(measured, capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as stop:
+        floors.main(arguments)
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err

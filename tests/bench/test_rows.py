@@ -1,0 +1,215 @@
+"""What is measured, and the rows it becomes: every benchmark once on the CPU, with a clock that stands still."""
+
+import types
+
+import pytest
+import torch
+
+from moe_kernels.bench import block, decode, extra, layer, ops
+from moe_kernels.bench.layer import Inaccurate
+from moe_kernels.bench.measure import Measured
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
+from tests.bench.conftest import PRODUCTS_MS
+
+TINY = SHAPES["tiny"]
+MEASURED = Measured(2.0, 5.0, 7.0, 8.0, 300.0, 900.0)
+
+
+@pytest.fixture(autouse=True)
+def _still(monkeypatch):
+    """Everything is called, and takes what the test says."""
+
+    def measure(forward, d_out):
+        forward().backward(d_out)
+        return MEASURED
+
+    for module in (block, extra):
+        monkeypatch.setattr(module, "measure", measure)
+    for module in (decode, ops):
+        monkeypatch.setattr(module, "graph_us", lambda runs: [run() for run in runs] and 250.0)
+    monkeypatch.setattr(ops, "median_ms", lambda run, **_: 0.5 if run() else 0.0)
+    monkeypatch.setattr(decode, "capturable", lambda run: True)
+
+
+# block.json
+
+
+def names(shape: str, *routings: str) -> set[str]:
+    return {case.name for case in block.cases(SHAPES[shape], routings)}
+
+
+def test_names_of_the_main_shape():
+    assert names("qwen3-30b", *ROUTINGS) == {
+        *(f"block/qwen3-30b/uniform/{name}" for name in ("eager", "grouped_mm", *layer.OURS)),
+        *(
+            f"experts/qwen3-30b/{kind}/{name}"
+            for kind in ROUTINGS
+            for name in ("grouped_mm", "moe_kernels", "moe_kernels_recompute")
+        ),
+    }
+
+
+@pytest.mark.parametrize("shape", DEFAULT_SHAPES[1:])
+def test_names_of_the_other_shapes(shape):
+    found = names(shape, "uniform")
+    assert {f"block/{shape}/uniform/grouped_mm", f"experts/{shape}/uniform/moe_kernels"} <= found
+    assert not [name for name in found if "triton" in name or "batched_mm" in name]
+
+
+def test_what_takes_seconds_or_all_memory_is_left_out():
+    assert not block.fits("batched_mm", SHAPES["qwen3-30b"]) and block.fits("batched_mm", TINY)
+    assert block.fits("batched_mm", SHAPES["qwen3-30b"]._replace(T=256), backward=False)
+    assert block.fits("eager", SHAPES["qwen3-30b"]) and not block.fits("eager", SHAPES["qwen3.5-35b"])
+
+
+def test_block_rows(session):
+    for case in block.cases(TINY, ["uniform", "zipf"]):
+        step, row = block.run(session, case)
+        step()
+        assert row["forward_ms"] == 2 and row["step_ms"] == 7 and row["held_mib"] == 300
+        assert row["step_tflops"] == pytest.approx(3 * TINY.forward_flops / 7e9, rel=1e-4)
+        assert ("step_over_bound" in row) == (case.what == "experts")
+        assert ("step_over_uniform" in row) == (case.routing == "zipf")
+    rows = session.rows["block.json"]
+    bound = rows["bound/tiny"]
+    assert bound["step_ms"] == pytest.approx(sum(PRODUCTS_MS.values()) * bound["padding"], rel=1e-2)
+    assert rows["experts/tiny/uniform/moe_kernels"]["step_over_bound"] == pytest.approx(7 / bound["step_ms"], rel=1e-3)
+    for name in ("eager", "batched_mm"):  # whole blocks; those with a row of experts have the errors of that
+        assert set(rows[f"error/tiny/{name}"]) == {"out", "dx", "d_router", "dw_gate_up", "dw_down"}
+    for name in block.EXPERTS:
+        assert set(rows[f"error/tiny/{name}"]) == {"out", "dx", "d_weights", "dw_gate_up", "dw_down"}
+        assert all(0 < error < 0.02 for error in rows[f"error/tiny/{name}"].values())
+
+
+@pytest.mark.parametrize("what", ["block", "experts"])
+def test_a_wrong_result_has_no_time(session, monkeypatch, what):
+    monkeypatch.setattr(block, "measure", lambda *_: pytest.fail("it was timed"))
+    right = layer.gradients
+
+    def two_percent_off(forward, leaves, d_out):
+        out, dx, *rest = right(forward, leaves, d_out)
+        return [out, dx * 1.02, *rest]
+
+    case = block.Case(what, TINY, "uniform", "moe_kernels")
+    session.layer(TINY).errors(what, "uniform", "grouped_mm")  # the truth is kept from here on
+    monkeypatch.setattr(layer, "gradients", two_percent_off)
+    with pytest.raises(Inaccurate, match=rf"{what}/tiny/uniform/moe_kernels: relative error of dx is 2.*, allowed"):
+        block.run(session, case)
+    assert session.rows == {}
+
+
+def test_implementations_share_parameters_and_nothing_else(session):
+    tiny = session.layer(TINY)
+    ours, stock = tiny.module("block", "moe_kernels"), tiny.module("block", "eager")
+    assert ours.experts.gate_up_proj is stock.experts.gate_up_proj is tiny.block.experts.gate_up_proj
+    chosen = [module.experts.config._experts_implementation for module in (ours, stock, tiny.block)]
+    assert chosen == ["moe_kernels", "eager", "grouped_mm"]
+
+
+def test_a_peer_that_cannot_run_gives_its_reason(session, monkeypatch):
+    answers = iter([{"reason": "first call not finished in 150 s"}, {"block/tiny/uniform/liger": {"step_ms": 9.0}}])
+    monkeypatch.setattr(block.peers, "measure_peer", lambda name, shape: next(answers))
+    assert block.run_peer(session, TINY, "liger") == "first call not finished in 150 s"
+    assert session.rows == {}
+    assert block.run_peer(session, TINY, "liger") is None
+    assert session.find("block.json", "block/tiny/uniform/liger") == {"step_ms": 9.0}
+
+
+# decode.json
+
+
+def test_decode_rows(session, monkeypatch):
+    times = {"grouped_mm": 0.4, "batched_mm": 0.2, "eager": 1.0, "moe_kernels": 0.1}
+    monkeypatch.setattr(decode, "wall_ms", lambda runs: {name: times[name] for name in runs})
+    call, row = decode.run(session, TINY, 8)
+    call()
+    assert row == {"forward_ms": 0.1, "gpu_ms": 0.25, "over_best_stock": 0.5}
+    assert set(session.rows["decode.json"]) == {f"decode/tiny/T8/{name}" for name in times}
+
+
+def test_stock_that_waits_for_the_gpu_has_no_gpu_time(session, monkeypatch):
+    monkeypatch.setattr(decode, "wall_ms", lambda runs: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(decode, "capturable", lambda run: False)
+    decode.run(session, TINY, 1)
+    rows = session.rows["decode.json"]
+    assert [name for name, row in rows.items() if "gpu_ms" in row] == ["decode/tiny/T1/moe_kernels"]
+
+
+# ops.json
+
+
+@pytest.fixture
+def l2(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=2**20))
+
+
+@pytest.mark.parametrize("name", ops.OPS)
+def test_op_rows(session, l2, name):
+    call, row = ops.run(session, TINY, name, "reference")
+    call()
+    product = ops.OPS[name].product
+    assert row["gpu_us"] == (500 if name == "d_activation" else 250)  # the first is timed by events
+    assert set(row) == {"gpu_us", *(("tflops", "of_bmm") if product else ("tb_per_s", "of_copy"))}
+    assert list(session.rows["ops.json"]) == [f"op/{name}/tiny/reference"]
+
+
+def test_every_product_of_the_bound_is_an_op():
+    assert {op.product for op in ops.OPS.values()} - {None} == PRODUCTS_MS.keys()
+
+
+def test_an_op_that_is_wrong_has_no_time(session, l2, monkeypatch):
+    truth, limits = ops._expected("combine", TINY, "cpu")
+    monkeypatch.setattr(ops, "_expected", lambda *_: ([tensor * 1.02 for tensor in truth], limits))
+    with pytest.raises(Inaccurate, match="op/combine/tiny/reference: result 0 has a relative error"):
+        ops.run(session, TINY, "combine", "reference")
+    assert session.rows == {}
+
+
+def test_a_plan_that_is_wrong_has_no_time(session, l2, monkeypatch):
+    truth, limits = ops._expected("routing_plan", TINY, "cpu")
+    slots = truth[1].flip(0)
+    monkeypatch.setattr(ops, "_expected", lambda *_: ([truth[0], slots, *truth[2:]], limits))
+    with pytest.raises(Inaccurate, match="op/routing_plan/tiny/reference: result 1 is wrong"):
+        ops.run(session, TINY, "routing_plan", "reference")
+
+
+def test_a_backend_that_cannot_run_says_why(session):
+    assert "cpu" in ops.why_not(session, TINY, "gate_up", "triton") or torch.cuda.is_available()
+
+
+# extra.json
+
+
+def test_autocast_rows(session):
+    for implementation in ("grouped_mm", "moe_kernels"):
+        step, row = extra.run_autocast(session, TINY, implementation)
+        step()
+    assert row["over_bf16"] == 1 and row["step_ms"] == 7
+    assert set(session.rows["extra.json"]) == {"autocast/tiny/grouped_mm", "autocast/tiny/moe_kernels"}
+
+
+@pytest.mark.parametrize("factor", [1, 2], ids=["equal", "different"])
+def test_graph_rows(session, monkeypatch, factor):
+    def capture(run):
+        outputs = run()
+
+        def replay():
+            for old, new in zip(outputs, run()):
+                old.copy_(new * factor)
+
+        return types.SimpleNamespace(replay=replay), outputs
+
+    monkeypatch.setattr(extra, "capture", capture)
+    monkeypatch.setattr(extra, "median_ms", lambda run: 3.0)
+    if factor == 1:
+        assert extra.run_graph(session, TINY)[1] == {"step_ms": 3.0, "eager_step_ms": 3.0, "over_eager": 1.0}
+    else:
+        with pytest.raises(Inaccurate, match="differ from eager"):
+            extra.run_graph(session, TINY)
+
+
+def test_compile_rows(session, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, fullgraph: compile_(module, fullgraph=True, backend="eager"))
+    row = extra.run_compile(session, TINY)[1]
+    assert row["over_eager"] == row["peak_over_eager"] == 1

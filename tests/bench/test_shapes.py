@@ -1,0 +1,57 @@
+"""The routings that layers are timed with."""
+
+import pytest
+import torch
+
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES, Shape, routing
+
+SHAPE = Shape("small", 4000, 8, 8, 32, 4)
+
+
+def counts(kind: str) -> list[int]:
+    return torch.bincount(routing(kind, SHAPE, "cpu")[1].flatten(), minlength=SHAPE.E).tolist()
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_experts_of_a_token_are_distinct_and_weights_sum_to_one(kind):
+    weights, indices = routing(kind, SHAPE, "cpu")
+    assert weights.shape == indices.shape == (SHAPE.T, SHAPE.K)
+    assert weights.dtype == torch.bfloat16 and indices.dtype == torch.int64
+    assert indices.min() >= 0 and indices.max() < SHAPE.E
+    assert (indices.sort(-1).values.diff() > 0).all()
+    assert torch.allclose(weights.float().sum(-1), torch.ones(SHAPE.T), atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_a_seed_is_a_routing(kind):
+    first, again, other = (routing(kind, SHAPE, "cpu", seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_uniform_gives_every_expert_its_share():
+    share = SHAPE.rows / SHAPE.E
+    assert all(abs(count - share) < 0.2 * share for count in counts("uniform"))
+
+
+def test_zipf_falls_as_the_rank_to_the_minus_one_point_two():
+    found = counts("zipf")
+    assert found[0] > found[3] > found[10] > found[31] > 0
+    # In the tail drawing without replacement changes little, and counts are in the ratio of the probabilities.
+    assert found[15] / found[31] == pytest.approx(2**1.2, rel=0.2)
+
+
+def test_one_hot_sends_every_token_to_expert_0_and_the_rest_evenly():
+    hot, *rest = counts("one-hot")
+    share = (SHAPE.rows - SHAPE.T) / (SHAPE.E - 1)
+    assert hot == SHAPE.T
+    assert all(abs(count - share) < 0.2 * share for count in rest)
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(ValueError, match=r"must be one of uniform, zipf, one-hot, got 'skewed'"):
+        routing("skewed", SHAPE, "cpu")
+
+
+def test_flops_of_the_paper():
+    assert SHAPES["qwen3-30b"].forward_flops == 6 * 16384 * 8 * 768 * 2048
+    assert set(DEFAULT_SHAPES) <= SHAPES.keys()
