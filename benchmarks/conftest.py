@@ -1,8 +1,8 @@
 """What the benchmarks share: one measuring session, whose rows are saved at the end, and the options.
 
-    pytest benchmarks                            everything, one GPU, about two minutes
+    pytest benchmarks                            everything, one GPU
+    pytest benchmarks --no-peers                 without third-party kernels, which take minutes to tune themselves
     pytest benchmarks/test_ops.py --shape NAME   other shapes; may be given more than once
-    pytest benchmarks --peers                    third-party kernels too, if they can be imported
 
 Rows go to ``benchmarks/results/<gpu>/``; a run of some tests replaces their rows and leaves the others.
 """
@@ -12,32 +12,41 @@ import torch
 
 from moe_kernels.bench.results import results_dir
 from moe_kernels.bench.session import Session
-from moe_kernels.bench.shapes import SHAPES
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, SHAPES
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("moe_kernels")
     group.addoption("--shape", action="append", choices=SHAPES, help="layer shape; may be given more than once")
-    group.addoption("--peers", action="store_true", help="measure third-party kernels too")
+    group.addoption("--no-peers", action="store_true", help="leave third-party kernels out")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", f"main_shape: measured on {DEFAULT_SHAPES[0]} only")
 
 
 def pytest_ignore_collect(collection_path, config):
-    if collection_path.name == "test_peers.py" and not config.getoption("peers"):
+    if collection_path.name == "test_peers.py" and config.getoption("no_peers"):
         return True
     return None
 
 
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_collection_modifyitems(config, items):
+    shapes = config.getoption("shape")
+    elsewhere = pytest.mark.skip(reason=f"measured on {DEFAULT_SHAPES[0]} only")
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if shapes and DEFAULT_SHAPES[0] not in shapes and item.get_closest_marker("main_shape"):
+            item.add_marker(elsewhere)
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(no_gpu)
 
 
 @pytest.fixture(scope="session")
 def session():
     """Keep a row by ``session.record(file, name, row)``; it is saved even if a later benchmark fails."""
     session = Session()
+    session.machine  # noqa: B018  measured now: a GPU that has crashed could not tell its ceilings
     yield session
     session.save(results_dir())
 

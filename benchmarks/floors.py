@@ -4,11 +4,13 @@
     python -m benchmarks.floors --issue Triton     the floors of the issues whose title has that word
 
 ``floors.toml`` holds the floors. A figure is met, short by some percent, missing, or stale: measured on kernels with
-another content hash than the present ones, or beside another run's. Exit status 0 when all that is asked for is met.
+another content hash than the present ones, or beside another run's. A floor with ``unless`` is also met where that row
+says so. Exit status 0 when all that is asked for is met.
 """
 
 import argparse
 import itertools
+import operator
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -22,15 +24,25 @@ FLOORS = Path(__file__).with_name("floors.toml")
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT_GPU = "nvidia-h100-80gb-hbm3"
 
-RELATIONS: dict[str, Callable[[float, float], bool]] = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
+RELATIONS: dict[str, Callable[[float, float], bool]] = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 _STRINGS = ("what", "file", "row", "metric", "relation")
-_KEYS = {*_STRINGS, "directory", "value", "times", "each"}
+_KEYS = {*_STRINGS, "directory", "value", "times", "unless", "each"}
 MET, SHORT, MISSING, STALE = "met", "short", "missing", "stale"
 _COLOURS = {MET: "green", SHORT: "red", MISSING: "yellow", STALE: "magenta"}
+#: A log has no width; this one folds no row's name. In a narrow terminal they fold, and nothing is cut.
+_LOG_WIDTH = 190
 
 
 class BadFloors(ValueError):
     """floors.toml says something that can't be checked."""
+
+
+class Unless(NamedTuple):
+    """What a row may say instead of reaching the floor."""
+
+    row: str
+    metric: str
+    equals: str | float
 
 
 class Floor(NamedTuple):
@@ -43,6 +55,7 @@ class Floor(NamedTuple):
     relation: str
     value: float  # to reach; with times_row, the factor of its metric
     times_row: str | None
+    unless: Unless | None = None
 
 
 class Verdict(NamedTuple):
@@ -50,7 +63,7 @@ class Verdict(NamedTuple):
     state: str
     found: float | None
     allowed: float | None
-    note: str = ""  # by how much it is short, or what is missing
+    note: str = ""  # by how much it is short, what is missing, or why it counts as met
 
 
 # floors.toml
@@ -106,6 +119,18 @@ def _check_keys(entry: dict) -> None:
     for key, number in (("value", entry.get("value", 0)), ("times.factor", times["factor"])):
         if not _is_number(number):
             raise BadFloors(f"{key} must be a number, got {number!r}")
+    if "unless" in entry:
+        _check_unless(entry["unless"])
+
+
+def _check_unless(unless: object) -> None:
+    if not isinstance(unless, dict) or unless.keys() != set(Unless._fields):
+        raise BadFloors(f"unless must be {{ row, metric, equals }}, got {unless!r}")
+    for key in ("row", "metric"):
+        if not isinstance(unless[key], str):
+            raise BadFloors(f"unless.{key} must be a string, got {unless[key]!r}")
+    if not isinstance(unless["equals"], str) and not _is_number(unless["equals"]):
+        raise BadFloors(f"unless.equals must be a string or a number, got {unless['equals']!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -122,7 +147,10 @@ def _floor(issue: str, entry: dict, names: dict[str, object]) -> Floor:
     times = entry.get("times", {"row": None, "factor": entry.get("value")})
     what, file, row, metric, relation = (filled(entry[key]) for key in _STRINGS)
     directory = filled(entry.get("directory"))
-    return Floor(issue, what, directory, file, row, metric, relation, times["factor"], filled(times["row"]))
+    unless = entry.get("unless")
+    if unless is not None:
+        unless = Unless(filled(unless["row"]), filled(unless["metric"]), unless["equals"])
+    return Floor(issue, what, directory, file, row, metric, relation, times["factor"], filled(times["row"]), unless)
 
 
 # The comparison
@@ -132,18 +160,26 @@ def judge(floor: Floor, results: dict, present_hash: str) -> Verdict:
     """One floor against the results file it names."""
     rows = [floor.row] if floor.times_row is None else [floor.row, floor.times_row]
     figures = [results["rows"].get(row, {}).get(floor.metric) for row in rows]
+    found = allowed = None
+    if all(map(_is_number, figures)):
+        found, allowed = figures[0], floor.value if floor.times_row is None else floor.value * figures[1]
+    if (excuse := floor.unless) is not None:
+        row = results["rows"].get(excuse.row, {})
+        if row.get(excuse.metric) == excuse.equals:
+            stale = results["machines"][row["machine"]]["content_hash"] != present_hash
+            verb = "was" if stale else "is"
+            return Verdict(floor, STALE if stale else MET, found, allowed, f"{excuse.metric} {verb} {excuse.equals}")
     for row, figure in zip(rows, figures, strict=True):
         if not _is_number(figure):
             what = floor.metric if row in results["rows"] else "row"
             return Verdict(floor, MISSING, None, None, f"no {what}" if row == floor.row else f"no {what} of {row}")
-    found, allowed = figures[0], floor.value if floor.times_row is None else floor.value * figures[1]
     machines = {results["rows"][row]["machine"] for row in rows}
-    note = "" if RELATIONS[floor.relation](found, allowed) else f"short by {_distance(found, allowed)}"
+    distance = "" if RELATIONS[floor.relation](found, allowed) else f"by {_distance(found, allowed)}"
     if any(results["machines"][machine]["content_hash"] != present_hash for machine in machines):
-        return Verdict(floor, STALE, found, allowed, note or "was met")
+        return Verdict(floor, STALE, found, allowed, f"was short {distance}" if distance else "was met")
     if len(machines) > 1:
         return Verdict(floor, STALE, found, allowed, f"{floor.times_row} is of another run")
-    return Verdict(floor, SHORT if note else MET, found, allowed, note)
+    return Verdict(floor, SHORT if distance else MET, found, allowed, distance)
 
 
 def _distance(found: float, allowed: float) -> str:
@@ -163,11 +199,11 @@ def show(verdicts: list[Verdict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 160)  # a log should not fold the table
+    console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
     for issue, group in itertools.groupby(verdicts, key=lambda verdict: verdict.floor.issue):
         table = Table(title=issue, title_justify="left")
         for heading in ("what", "row, metric", "floor", "found", ""):
-            table.add_column(heading, justify="right" if heading in ("floor", "found") else "left")
+            table.add_column(heading, justify="right" if heading in ("floor", "found") else "left", overflow="fold")
         for floor, state, found, allowed, note in group:
             if allowed is None:
                 limit = f"{floor.value:g}" if floor.times_row is None else f"{floor.value:g}x"
@@ -175,14 +211,18 @@ def show(verdicts: list[Verdict]) -> None:
                 limit = f"{allowed:.4g}"
             table.add_row(
                 floor.what,
-                f"{floor.row}, {floor.metric}",
+                f"{floor.row}\n{floor.metric}",
                 f"{floor.relation} {limit}",
                 "" if found is None else f"{found:.4g}",
-                f"[{_COLOURS[state]}]{state}[/]{', ' + note if note else ''}",
+                _verdict(state, note),
             )
         console.print(table)
     counts = {state: sum(verdict.state == state for verdict in verdicts) for state in _COLOURS}
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def _verdict(state: str, note: str) -> str:
+    return f"[{_COLOURS[state]}]{state}[/]" + (f"{' ' if state == SHORT else ', '}{note}" if note else "")
 
 
 def main(arguments: list[str] | None = None) -> int:

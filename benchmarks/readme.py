@@ -1,10 +1,15 @@
-"""Write the README's figures and draw its chart from the committed results: ``python -m benchmarks.readme``.
+"""Write the README's figures and draw its chart from the committed results.
+
+    python -m benchmarks.readme
 
 Everything between the two markers is made here; ``tests/test_readme.py`` fails when it is not what the results say.
 A figure that the results lack is left out.
 """
 
+import argparse
 import json
+import textwrap
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,22 +24,77 @@ CHART = "bench.png"
 BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- /measured -->"
 #: Implementations of the block that the README shows, with peers between them.
 STOCK, OURS = "grouped_mm", "moe_kernels"
+_WIDTH = 140
 
 
 def measured(directory: Path) -> str:
-    block, decode = (results.load(directory / name) for name in ("block.json", "decode.json"))
-    convergence = directory / "convergence.json"
+    block, model, decode = (results.load(directory / name) for name in ("block.json", "model.json", "decode.json"))
+    convergence = _read(directory / "convergence.json")
     shown = _shown(block["rows"])
-    parts = [*_machines(block, [row for rows in shown.values() for row in rows.values()])]
+    parts: list[str] = []
+    used = _Used(_machine(block, row) for rows in shown.values() for row in rows.values())
     if shown:
-        parts += [_block(shown), f"![time and memory of the block]({_relative(directory / CHART)})"]
-    parts += _experts(block["rows"]) + _decode(decode["rows"])
-    if convergence.exists():
         parts += [
-            _convergence(json.loads(convergence.read_text())),
+            _headline(shown, used),
+            f"![time and memory of the block]({_relative(directory / CHART)})",
+            *_block(shown, block, used),
+        ]
+    parts += _experts(block, used) + _decode(decode, used) + _model(model, used)
+    if convergence:
+        parts += [
+            _convergence(convergence, used),
             f"![loss of both runs]({_relative(directory)}/convergence.png)",
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, [*parts, *used.line()]))
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _machine(results: dict, row: dict) -> dict:
+    return results["machines"][row["machine"]]
+
+
+class _Used:
+    """The machines that the figures shown are of; the code that most rows of the table were measured on."""
+
+    def __init__(self, machines: Iterable[dict]):
+        self.machines = list(machines)
+        hashes = Counter(machine["content_hash"] for machine in self.machines)
+        self.content_hash = hashes.most_common(1)[0][0] if hashes else None
+
+    def note(self, machines: Iterable[dict]) -> str:
+        """What to say behind figures of these machines: nothing if they are of the table's code."""
+        machines = list(machines)
+        self.machines += machines
+        if self.content_hash is None and machines:
+            self.content_hash = machines[0]["content_hash"]
+        others = dict.fromkeys(m["content_hash"] for m in machines if m["content_hash"] != self.content_hash)
+        return f" (measured on other code: {', '.join(f'`{other}`' for other in others)})" if others else ""
+
+    def line(self) -> list[str]:
+        setups = dict.fromkeys(_setup(machine) for machine in self.machines)
+        if not setups:
+            return []
+        return [
+            _filled(
+                f"Measured on {', and on '.join(setups)}; content hash of the kernels `{self.content_hash}`. "
+                "How, and what each figure means: [docs/benchmarks.md](docs/benchmarks.md)."
+            )
+        ]
+
+
+def _setup(machine: dict) -> str:
+    gpu, versions = machine["gpu"], machine["versions"]
+    return (
+        f"one {gpu['name']}, driver {gpu['driver']}, torch {versions['torch']} (CUDA {gpu['torch_cuda']}), "
+        f"Triton {versions['triton']}, Transformers {versions['transformers']}"
+    )
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _relative(path: Path) -> str:
@@ -54,55 +114,62 @@ def _shown(rows: dict[str, dict]) -> dict[str, dict[str, dict]]:
     return shown
 
 
-def _machines(block: dict, rows: Iterable[dict]) -> list[str]:
-    """What the rows were measured on; more than one line where they are of several runs."""
-    return [_machine(block["machines"][key]) for key in dict.fromkeys(row["machine"] for row in rows)]
-
-
-def _machine(machine: dict) -> str:
-    gpu, versions = machine["gpu"], machine["versions"]
-    return (
-        f"One {gpu['name']}, driver {gpu['driver']}, torch {versions['torch']} (CUDA {gpu['torch_cuda']}), Triton "
-        f"{versions['triton']}, Transformers {versions['transformers']}; content hash of the kernels "
-        f"`{machine['content_hash']}`. In the same run a copy moves {machine['copy_tb_per_s']:.2f} TB/s and "
-        f"an 8192³ product makes {machine['matmul_tflops']:.0f} TFLOP/s."
-    )
-
-
 #: Columns of the table: what they show and how; one that no row has is left out.
 _COLUMNS = {
     "forward_ms": ("fwd ms", ".2f"),
     "step_ms": ("fwd+bwd ms", ".2f"),
-    "step_accumulate_ms": ("fwd+bwd adding ms", ".2f"),
-    "step_tflops": ("TFLOP/s", ".0f"),
     "held_mib": ("held MiB", ".0f"),
     "peak_mib": ("peak MiB", ".0f"),
 }
-#: Where the line below a shape says by how much ours is better.
-_COMPARED = {"step_ms": "**{:.1f}x**", "step_accumulate_ms": "**{:.1f}x**", "held_mib": "**{:.1f}x less**"}
 
 
-def _block(shown: dict[str, dict[str, dict]]) -> str:
-    metrics = [m for m in _COLUMNS if any(m in row for rows in shown.values() for row in rows.values())]
-    headings = ["layer", "T · D · I · E · K", "", *(_COLUMNS[metric][0] for metric in metrics)]
-    lines = [_line(headings), "|" + "---|" * len(headings)]
+def _headline(shown: dict[str, dict[str, dict]], used: _Used) -> str:
+    """Over how wide a range ours is better."""
+    claims = {
+        "step_ms": "{} times as fast as stock Transformers",
+        "held_mib": "{} times less memory held for the backward",
+        "peak_mib": "{} times less at the peak",
+    }
+    said = []
+    for metric, claim in claims.items():
+        ratios = [r for rows in shown.values() if (r := _ratio(rows[STOCK], rows[OURS], metric)) is not None]
+        if ratios:
+            low, high = (f"{ratio:.1f}" for ratio in (min(ratios), max(ratios)))
+            said.append(claim.format(low if low == high else f"{low} to {high}"))
+    gpu = used.machines[0]["gpu"]["name"]
+    return _filled(f"**One MoE block, forward and backward, on one {gpu}: {', '.join(said)}.**") if said else ""
+
+
+def _ratio(stock: dict, ours: dict, metric: str) -> float | None:
+    return stock[metric] / ours[metric] if _has(stock, metric) and _has(ours, metric) else None
+
+
+def _has(row: dict, metric: str) -> bool:
+    return isinstance(row.get(metric), int | float)
+
+
+def _block(shown: dict[str, dict[str, dict]], block: dict, used: _Used) -> list[str]:
+    metrics = [m for m in _COLUMNS if any(_has(row, m) for rows in shown.values() for row in rows.values())]
+    headings = ["layer", "implementation", *(_COLUMNS[metric][0] for metric in metrics)]
+    lines = [_line(headings), "|---|---|" + "---:|" * len(metrics)]
     for name, rows in shown.items():
-        first = [name, " · ".join(str(getattr(SHAPES[name], letter)) for letter in "TDIEK")]
+        sizes = " · ".join(str(getattr(SHAPES[name], letter)) for letter in "TDIEK")
+        note = used.note(_machine(block, row) for row in rows.values())
+        first = [name + note, sizes]
         for implementation, row in rows.items():
             label = {STOCK: "stock", OURS: f"**{OURS}**"}.get(implementation, implementation)
-            lines.append(_line([*first, label, *(_cell(row, metric) for metric in metrics)]))
-            first = ["", ""]
-        stock, ours = rows[STOCK], rows[OURS]
-        both = _COMPARED.keys() & stock.keys() & ours.keys()
-        lines.append(
-            _line(["", "", "", *(_COMPARED[m].format(stock[m] / ours[m]) if m in both else "" for m in metrics)])
-        )
-    return (
-        "The whole MoE block of Qwen3 (stock router, our or stock experts), bf16, uniform random routing. Stock is "
-        "Transformers' default, `grouped_mm`. *Adding* is a step whose gradients are added to those of an earlier one. "
-        "*Held* is what stays between forward and backward, *peak* the most a step takes beyond parameters, gradients, "
-        "input and output. How it is measured: [docs/benchmarks.md](docs/benchmarks.md).\n\n" + "\n".join(lines)
-    )
+            lines.append(_line([first.pop(0) if first else "", label, *(_cell(row, metric) for metric in metrics)]))
+        ratios = [_ratio(rows[STOCK], rows[OURS], metric) for metric in metrics]
+        lines.append(_line(["", "stock / ours", *("" if r is None else f"**{r:.1f}x**" for r in ratios)]))
+    return [
+        _filled(
+            "Qwen3's block at these layer sizes (tokens · model width · expert width · experts · experts of a token), "
+            "with the stock router and stock or our experts, bf16, uniform random routing. Stock is Transformers' "
+            "default, `grouped_mm`. *Held* is what stays between forward and backward, *peak* the most a step takes, "
+            "both beyond parameters, gradients, input and output."
+        ),
+        "\n".join(lines),
+    ]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -110,60 +177,103 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _cell(row: dict, metric: str) -> str:
-    return format(row[metric], _COLUMNS[metric][1]) if metric in row else "-"
+    return format(row[metric], _COLUMNS[metric][1]) if _has(row, metric) else "-"
 
 
-def _experts(rows: dict[str, dict]) -> list[str]:
+def _experts(block: dict, used: _Used) -> list[str]:
     """How far our experts are from the bound, and what skewed routing costs."""
+    rows = block["rows"]
     uniform = {shape: rows.get(f"experts/{shape}/uniform/{OURS}", {}) for shape in SHAPES}
-    over = {shape: row["step_over_bound"] for shape, row in uniform.items() if "step_over_bound" in row}
-    if not over:
+    uniform = {shape: row for shape, row in uniform.items() if "step_over_bound" in row}
+    if not uniform:
         return []
+    over = ", ".join(f"{shape} {row['step_over_bound']:.2f}" for shape, row in uniform.items())
     text = (
         "Our experts alone, with the routing given, forward and backward, as a multiple of the time of their bare "
-        f"products and sums: {_list(over)}."
+        f"products and sums: {over}{used.note(_machine(block, row) for row in uniform.values())}."
     )
-    skewed = {
-        kind: row["step_over_uniform"]
-        for kind in ("zipf", "one-hot")
-        for shape in SHAPES
-        if "step_over_uniform" in (row := rows.get(f"experts/{shape}/{kind}/{OURS}", {}))
-    }
+    skewed, skewed_rows = [], []
+    for shape in SHAPES:
+        found = {kind: rows.get(f"experts/{shape}/{kind}/{OURS}", {}) for kind in ("zipf", "one-hot")}
+        found = {kind: row for kind, row in found.items() if "step_over_uniform" in row}
+        if found:
+            figures = ", ".join(f"{kind} {row['step_over_uniform']:.2f}" for kind, row in found.items())
+            skewed.append(f"{shape} {figures}")
+            skewed_rows += found.values()
     if skewed:
-        text += f" As a multiple of their time on uniform routing: {_list(skewed)}."
-    return [text]
+        note = used.note(_machine(block, row) for row in skewed_rows)
+        text += f" With skewed routing, as a multiple of their time on uniform routing: {'; '.join(skewed)}{note}."
+    return [_filled(text)]
 
 
-def _list(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
-
-
-def _decode(rows: dict[str, dict]) -> list[str]:
+def _decode(decode: dict, used: _Used) -> list[str]:
     """Forward of few tokens beside the better of stock's two implementations for it."""
     figures = []
-    for name, row in rows.items():
+    for name, row in decode["rows"].items():
         _, shape, tokens, implementation = name.split("/")
         if implementation == OURS and "over_best_stock" in row:
             best = row["forward_ms"] / row["over_best_stock"]
-            figures.append((int(tokens[1:]), f"T = {tokens[1:]} {row['forward_ms']:.2f} ms ({best:.2f})", shape))
+            text = f"T = {tokens[1:]} {row['forward_ms']:.2f} ms ({best:.2f})"
+            figures.append((int(tokens[1:]), text, shape, _machine(decode, row)))
     if not figures:
         return []
-    listed = ", ".join(text for _, text, _ in sorted(figures))
+    figures.sort(key=lambda figure: figure[0])
+    listed = ", ".join(figure[1] for figure in figures)
     return [
-        f"Few tokens, forward of the {figures[0][2]} experts, launches included, in brackets the better of stock's "
-        f"`grouped_mm` and `batched_mm`: {listed}."
+        _filled(
+            f"Few tokens, forward of the {figures[0][2]} experts, launches included, in brackets the better of "
+            f"stock's `grouped_mm` and `batched_mm`: {listed}{used.note(figure[3] for figure in figures)}."
+        )
     ]
 
 
-def _convergence(found: dict) -> str:
+#: The whole model: what the README calls the rows.
+_MODEL = {"liger+grouped_mm": "stock experts", "liger+moe_kernels": f"**{OURS}**"}
+_MODEL_COLUMNS = {"step_ms": ("ms/step", ".1f"), "tokens_per_s": ("tokens/s", ",.0f"), "peak_gib": ("peak GiB", ".1f")}
+
+
+def _model(model: dict, used: _Used) -> list[str]:
+    """A training step of a whole model, and its first step in a fresh process."""
+    prefix = "model/qwen3-30b-4L/"
+    rows = {label: row for name, label in _MODEL.items() if (row := model["rows"].get(prefix + name))}
+    if not rows:
+        return []
+    text = (
+        "A training step (forward, loss, backward) of Qwen3-30B-A3B cut to 4 layers, 4 x 4096 tokens, bf16, with "
+        "Liger's RMSNorm, rotary embedding and fused linear cross-entropy. Peak is all that is allocated, parameters "
+        f"and gradients included{used.note(_machine(model, row) for row in rows.values())}."
+    )
+    lines = [_line(["experts", *(heading for heading, _ in _MODEL_COLUMNS.values())]), "|---|---:|---:|---:|"]
+    for label, row in rows.items():
+        cells = (format(row[m], how) if _has(row, m) else "-" for m, (_, how) in _MODEL_COLUMNS.items())
+        lines.append(_line([label, *cells]))
+    parts = [_filled(text), "\n".join(lines)]
+    first = model["rows"].get(f"{prefix}first_step", {})
+    if _has(first, "first_step_s"):
+        compiled = first.get("compilations_after")
+        later = (
+            ""
+            if compiled is None
+            else "; after that and one batch for each tile size, 20 batches of changing sizes compile "
+            f"{compiled or 'none'} of our kernels"
+        )
+        note = used.note([_machine(model, first)])
+        parts.append(
+            _filled(f"Its first step with empty compiler caches takes {first['first_step_s']:.0f} s{later}{note}.")
+        )
+    return parts
+
+
+def _convergence(found: dict, used: _Used) -> str:
     ours, stock = found["runs"]["moe_kernels"], found["runs"]["stock"]
     difference = found["comparison"]["last_loss_difference_percent"]
     layers, steps = found["sizes"]["layers"], len(ours["losses"])
-    return (
+    return _filled(
         f"A {layers}-layer Qwen3-30B-shaped checkpoint, {steps} steps in bf16 through "
         "`moe-kernels finetune --compare`, the same weights and data: the mean loss of the last 20 steps is "
         f"{ours['loss_last']:.4f} with our experts and {stock['loss_last']:.4f} with stock ({difference:+.2f} %), at "
-        f"{ours['tokens_per_second']:,.0f} and {stock['tokens_per_second']:,.0f} tokens/s, optimizer included."
+        f"{ours['tokens_per_second']:,.0f} and {stock['tokens_per_second']:,.0f} tokens/s, optimizer included"
+        f"{used.note([found['machine']])}."
     )
 
 
@@ -173,7 +283,9 @@ def written(readme: str) -> str:
     return f"{before}{BEGIN}\n{measured(RESULTS)}\n{END}{rest.split(END)[1]}"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
+    parser.parse_args(arguments)
     charts.layers(RESULTS / CHART, results.load(RESULTS / "block.json"))
     README.write_text(written(README.read_text()))
 

@@ -11,9 +11,12 @@ pytestmark = pytest.mark.gpu
 def pytest_generate_tests(metafunc):
     cases = []
     for name in metafunc.config.getoption("shape") or DEFAULT_SHAPES:
+        for case, reason in block.left_out(SHAPES[name]):
+            cases.append(pytest.param(case, id=case.name, marks=pytest.mark.skip(reason=reason)))
         # Skewed routings cost as much as uniform ones: one shape shows what they do.
-        cases += block.cases(SHAPES[name], ROUTINGS if name == DEFAULT_SHAPES[0] else ROUTINGS[:1])
-    metafunc.parametrize("case", cases, ids=lambda case: case.name)
+        routings = ROUTINGS if name == DEFAULT_SHAPES[0] else ROUTINGS[:1]
+        cases += [pytest.param(case, id=case.name) for case in block.cases(SHAPES[name], routings)]
+    metafunc.parametrize("case", cases)
 
 
 def test_block(session, timed, case):

@@ -3,11 +3,11 @@
 import pytest
 
 from moe_kernels.bench import extra
-from moe_kernels.bench.shapes import SHAPES
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, SHAPES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.main_shape]
 
-SHAPE = SHAPES["qwen3-30b"]
+SHAPE = SHAPES[DEFAULT_SHAPES[0]]
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "moe_kernels"])

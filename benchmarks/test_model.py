@@ -4,7 +4,7 @@ import pytest
 
 from moe_kernels.bench import model, peers
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.main_shape]
 
 
 @pytest.mark.parametrize("what", ["steps", "first-step"])

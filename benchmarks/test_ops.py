@@ -3,13 +3,13 @@
 import pytest
 
 from moe_kernels.bench import ops
-from moe_kernels.bench.shapes import SHAPES
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, SHAPES
 
 pytestmark = pytest.mark.gpu
 
 
 def pytest_generate_tests(metafunc):
-    shapes = [SHAPES[name] for name in metafunc.config.getoption("shape") or ["qwen3-30b"]]
+    shapes = [SHAPES[name] for name in metafunc.config.getoption("shape") or DEFAULT_SHAPES[:1]]
     cases = [(shape, *case) for shape in shapes for case in ops.cases()]
     metafunc.parametrize("shape, op, backend", cases, ids=[f"{op}-{s.name}-{backend}" for s, op, backend in cases])
 

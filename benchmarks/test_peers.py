@@ -1,4 +1,4 @@
-"""The same blocks by third-party kernels, collected with --peers: block.json.
+"""The same blocks by third-party kernels, unless --no-peers is given: block.json.
 
 Each runs in a process of its own, where it may take minutes to tune itself: one shape, unless others are asked for.
 """

@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 def cases(shape: Shape, routings: Iterable[str] = ("uniform",)) -> list[Case]:
     """What is measured of a shape. Stock comes first, so that a row can be held against it."""
-    implementations = [name for name in STOCK if fits(name, shape)] + ["moe_kernels"]
+    implementations = [name for name in STOCK if why_left_out(name, shape) is None] + ["moe_kernels"]
     if shape.name == DEFAULT_SHAPES[0]:  # one shape shows what the choices do
         implementations += ["moe_kernels_recompute", "moe_kernels_triton"]
     return [Case("block", shape, "uniform", name) for name in implementations] + [
@@ -38,13 +38,21 @@ def cases(shape: Shape, routings: Iterable[str] = ("uniform",)) -> list[Case]:
     ]
 
 
-def fits(implementation: str, shape: Shape, backward: bool = True) -> bool:
-    """Is it worth timing there? What takes seconds or all the memory says nothing."""
-    if implementation == "eager":
-        return shape.E * shape.T <= _MOST_EAGER
+def left_out(shape: Shape) -> list[tuple[Case, str]]:
+    """The stock blocks that :func:`cases` lacks, each with the reason."""
+    reasons = {name: why_left_out(name, shape) for name in STOCK}
+    return [(Case("block", shape, "uniform", name), reason) for name, reason in reasons.items() if reason is not None]
+
+
+def why_left_out(implementation: str, shape: Shape, backward: bool = True) -> str | None:
+    """The reason why it isn't worth timing there, or None. What takes seconds or all the memory says nothing."""
+    if implementation == "eager" and shape.E * shape.T > _MOST_EAGER:
+        return f"left out: a step would loop over {shape.E} experts and add a [{shape.T}, {shape.D}] gradient for each"
     if implementation == "batched_mm":
-        return batched_bytes(shape) * (3 if backward else 1) <= _MOST_BATCHED_BYTES
-    return True
+        copied = batched_bytes(shape) * (3 if backward else 1)
+        if copied > _MOST_BATCHED_BYTES:
+            return f"left out: it would copy {copied / 2**30:.0f} GiB of weights"
+    return None
 
 
 def batched_bytes(shape: Shape) -> int:

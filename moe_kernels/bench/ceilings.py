@@ -3,6 +3,9 @@
 Cards of one kind differ by some percent, so the ceilings are measured in the run whose figures they stand beside.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,11 +28,8 @@ def matmul_rate(size: int = 8192) -> float:
     return 2 * size**3 / median_ms(lambda: a @ a) * 1e3
 
 
-def products_ms(shape: Shape) -> dict[str, float]:
-    """The six products of a layer's forward and backward by ``torch.bmm`` on equal groups, in turn as in a step.
-
-    Sustained, the GPU draws its power limit and lowers its clock; a product timed alone for some ms would not.
-    """
+def products(shape: Shape, *names: str, device: str = "cuda") -> dict[str, Callable[[], Tensor]]:
+    """``torch.bmm`` on equal groups for products of a layer's forward and backward: all six, or those named."""
     per_expert = shape.rows // shape.E
     sizes = {
         "up": (per_expert, shape.D, 2 * shape.I),
@@ -40,11 +40,20 @@ def products_ms(shape: Shape) -> dict[str, float]:
         "dw_down": (shape.D, per_expert, shape.I),
     }
     runs = {}
-    for name, (m, k, n) in sizes.items():
-        a = torch.randn(shape.E, m, k, device="cuda", dtype=torch.bfloat16)
-        b = torch.randn(shape.E, k, n, device="cuda", dtype=torch.bfloat16)
-        runs[name] = lambda a=a, b=b: torch.bmm(a, b)
-    return medians_in_turn_ms(runs)
+    for name in names or sizes:
+        m, k, n = sizes[name]
+        a = torch.randn(shape.E, m, k, device=device, dtype=torch.bfloat16)
+        b = torch.randn(shape.E, k, n, device=device, dtype=torch.bfloat16)
+        runs[name] = functools.partial(torch.bmm, a, b)
+    return runs
+
+
+def products_ms(shape: Shape) -> dict[str, float]:
+    """The six products in turn as in a step.
+
+    Sustained, the GPU draws its power limit and lowers its clock; a product timed alone for some ms would not.
+    """
+    return medians_in_turn_ms(products(shape))
 
 
 def padding(rows_per_expert: Tensor) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 
-from moe_kernels.bench import block
 from moe_kernels.bench.layer import SANE, STOCK, Inaccurate, forward_block, gradients
 from moe_kernels.bench.measure import capture, measure, median_ms, waiting
 from moe_kernels.bench.session import Session
@@ -32,14 +31,8 @@ def run_autocast(session: Session, shape: Shape, implementation: str) -> tuple[C
     layer.check(name, "block", "uniform", gradients(forward, leaves, d_out), limit=limit)
     row = measure(forward, d_out)._asdict()
     if implementation == OURS:
-        row["over_bf16"] = row["step_ms"] / _step_ms(session, shape)
+        row["over_bf16"] = row["step_ms"] / measure(layer.forward("block", "uniform", OURS), layer.d_out).step_ms
     return waiting(lambda: forward().backward(d_out)), session.record(FILE, name, row)
-
-
-def _step_ms(session: Session, shape: Shape) -> float:
-    """Of our block in pure bf16, in this run."""
-    case = block.Case("block", shape, "uniform", OURS)
-    return (session.find(block.FILE, case.name) or block.run(session, case)[1])["step_ms"]
 
 
 def run_graph(session: Session, shape: Shape) -> tuple[Callable[[], None], dict]:

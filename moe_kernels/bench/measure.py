@@ -18,6 +18,10 @@ WARM_UPS = 3
 REPEATS = 20
 #: Steps above 25 ms, which only peers take, are repeated less often, but five times at least.
 _LONG_MS, _FEWEST = 500, 5
+#: How far the GPU is kept behind the host, as a multiple of the host's time, and the longest single delay.
+_MARGIN, _MOST_DELAY_MS = 1.25, 20
+#: Highest clock of a GPU; at a lower one a delay takes longer, which is as well.
+_CYCLES_PER_MS = 2_000_000
 #: A graph holds calls for this long by the host's clock, so that its own start (some µs) does not count.
 _GRAPH_MS, _REPLAYS = 4, 10
 
@@ -29,12 +33,19 @@ class Measured(NamedTuple):
     step_accumulate_ms: float  # the step with the gradients added to those of an earlier one
     held_mib: float  # between forward and backward, beyond parameters, gradients, input and output
     peak_mib: float  # highest over the step, beyond the same; temporary weight gradients count
+    host_ms: float  # the host's time to enqueue a step, or to wait for the GPU where the step does
 
 
 def _mark() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _delay(ms: float) -> None:
+    """Keep the GPU from what is enqueued next."""
+    if ms > 0:
+        torch.cuda._sleep(int(min(ms, _MOST_DELAY_MS) * _CYCLES_PER_MS))
 
 
 def waiting(run: Callable[[], object]) -> Callable[[], None]:
@@ -63,10 +74,18 @@ def median_ms(run: Callable[[], object], repeats: int = REPEATS, prepare: Callab
     return statistics.median(start.elapsed_time(end) for start, end in spans[WARM_UPS:])
 
 
-def medians_in_turn_ms(runs: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, float]:
-    """The median of each when all run in turn, as the parts of a step do: they share its clocks and its heat."""
+def medians_in_turn_ms(
+    runs: Mapping[str, Callable[[], object]], repeats: int = REPEATS, prepare: Callable[[], object] | None = None
+) -> dict[str, float]:
+    """The median of each when all run in turn, as the parts of a step do: they share its clocks and its heat.
+
+    ``prepare`` runs before each turn, untimed.
+    """
     spans: dict[str, list] = {name: [] for name in runs}
+    _delay(_MOST_DELAY_MS)  # the host gets ahead and stays there, so that short runs are not timed with its launches
     for _ in range(WARM_UPS + repeats):
+        if prepare is not None:
+            prepare()
         for name, run in runs.items():
             start = _mark()
             run()
@@ -81,41 +100,68 @@ def medians_in_turn_ms(runs: Mapping[str, Callable[[], object]], repeats: int = 
 def measure(forward: Callable[[], Tensor], d_out: Tensor) -> Measured:
     """Time and memory of a forward and backward over all leaves that ``forward`` reaches.
 
-    Times: ``.grad`` is None before each backward, as after an optimizer's ``zero_grad()``, so a gradient is adopted and
-    not added; one loop gives forward, backward and both, each between its own events. ``step_accumulate_ms``: ``.grad``
-    is there already. Memory: the same, so that a weight gradient that is then added counts in the peak.
+    GPU times: one loop gives forward, backward and both, each between its own events, with ``.grad`` None before each
+    backward, as after an optimizer's ``zero_grad()``, so a gradient is adopted and not added. ``step_accumulate_ms`` is
+    of a second loop, where ``.grad`` is there already. The host is ahead all the time: the GPU starts each loop late,
+    and a step that it does faster than the host enqueues it is preceded by a delay on the GPU that makes up for that.
+    A delay ends before the step's first event, so it is in no figure; where the GPU is the slower one there is none,
+    and steps follow each other without a gap. Only a step that itself waits for the GPU has its launches in its time.
+
+    ``host_ms`` is the host's time from the first call of a step to the return of its last, without any delay, from
+    an idle GPU. Where it exceeds ``step_ms``, a loop of nothing but such steps is as slow as ``host_ms``.
+
+    Memory: with ``.grad`` there already, so that a weight gradient that is then added counts in the peak.
     """
     out = forward()  # compiles what is compiled at first use
     leaves = leaves_of(out)
     out.backward(d_out)
     del out
 
-    def step() -> tuple[torch.cuda.Event, ...]:
+    def step(delay_ms: float = 0) -> tuple[torch.cuda.Event, ...]:
+        _delay(delay_ms)
         start = _mark()
         out = forward()
         middle = _mark()
         out.backward(d_out)
         return start, middle, _mark()
 
-    def fresh_step() -> tuple[torch.cuda.Event, ...]:
+    def fresh_step(delay_ms: float = 0) -> tuple[torch.cuda.Event, ...]:
         for leaf in leaves:
             leaf.grad = None
-        return step()
+        return step(delay_ms)
 
-    warm = [fresh_step() for _ in range(WARM_UPS)]
+    for _ in range(WARM_UPS):
+        fresh_step()
+    host_ms = statistics.median(_host_ms(fresh_step) for _ in range(_FEWEST))
+    lead_ms = _MARGIN * host_ms
     torch.cuda.synchronize()
-    repeats = max(_FEWEST, min(REPEATS, int(_LONG_MS / max(warm[-1][0].elapsed_time(warm[-1][2]), 1e-3))))
-    fresh = [fresh_step() for _ in range(repeats)]
-    added = [step() for _ in range(1 + max(_FEWEST, repeats // 2))][1:]  # the first one finds its memory
+    start, _, end = fresh_step(lead_ms)
     torch.cuda.synchronize()
+    gpu_ms = start.elapsed_time(end)
+    repeats = max(_FEWEST, min(REPEATS, int(_LONG_MS / max(gpu_ms, 1e-3))))
 
-    def median(marks: list[tuple[torch.cuda.Event, ...]], start: int, end: int) -> float:
-        return statistics.median(mark[start].elapsed_time(mark[end]) for mark in marks)
+    def medians(run: Callable[[float], tuple[torch.cuda.Event, ...]], warm_ups: int) -> list[float]:
+        """Of forward, backward and step."""
+        _delay(lead_ms)
+        marks = [run(lead_ms - gpu_ms) for _ in range(warm_ups + repeats)][warm_ups:]
+        torch.cuda.synchronize()
+        return [
+            statistics.median(mark[first].elapsed_time(mark[last]) for mark in marks)
+            for first, last in ((0, 1), (1, 2), (0, 2))
+        ]
 
+    fresh, added = medians(fresh_step, 0), medians(step, WARM_UPS)  # the first that adds finds its memory
     held, peak = memory(forward, d_out)
     for leaf in leaves:
         leaf.grad = None
-    return Measured(median(fresh, 0, 1), median(fresh, 1, 2), median(fresh, 0, 2), median(added, 0, 2), held, peak)
+    return Measured(*fresh, added[2], held, peak, host_ms)
+
+
+def _host_ms(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def memory(forward: Callable[[], Tensor], d_out: Tensor) -> tuple[float, float]:

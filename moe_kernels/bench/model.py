@@ -10,16 +10,18 @@ The first step is measured in a process with empty compiler caches, with what co
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.bench.layer import Inaccurate, relative_l2
 from moe_kernels.bench.measure import median_ms
 from moe_kernels.bench.peers import available, say, watch
 
@@ -29,18 +31,19 @@ LIGER = "liger+"
 EXPERTS = ("grouped_mm", "moe_kernels")
 #: The losses of two implementations differ by less than bf16 rounds one number.
 MOST_LOSS_DIFFERENCE = 2**-9
+#: Relative L2 between the gradients of two bf16 implementations, which round each some 1e-3 away from the truth.
+MOST_GRADIENT_DIFFERENCE = 3e-2
 _LIMIT_S = 240
 _REPEATS, _ADAMW_REPEATS = 8, 5
 
-#: Batch sizes and lengths of 20 batches as a training run's change: other lengths and an incomplete batch, odd token
-#: counts and multiples of 16.
+#: One batch for each tile size that a plan may have (128, 64, 32, 16): what these compile is warm-up.
+WARM = ((1, 2000), (1, 1000), (1, 500), (1, 200))
+#: Batch sizes and lengths of 20 batches as training and short batches have them, all tile sizes in turn: other lengths,
+#: an incomplete batch, odd token counts, multiples of 16, a single token.
 CHANGING = (
-    *((4, length) for length in (4095, 4080, 4001, 3968, 3333, 3072, 2777, 2048, 2047, 1600, 1023)),
-    *((3, length) for length in (4001, 3001, 1777)),
-    *((1, length) for length in (4096, 4095, 3001, 2048, 2047, 1500)),
+    *((4, 4095), (1, 300), (4, 4080), (1, 17), (4, 4001), (1, 1023), (4, 3333), (1, 512), (4, 2048), (1, 1)),
+    *((3, 4001), (1, 256), (3, 1777), (1, 999), (1, 4096), (1, 128), (1, 3001), (1, 777), (1, 1500), (1, 16)),
 )
-#: Batches so small that the tiles of the products are smaller too: each of the three smaller sizes compiles once.
-SMALL = tuple((1, length) for length in (1000, 999, 512, 300, 256, 128, 17, 16, 2, 1))
 
 
 class Sizes(NamedTuple):
@@ -113,28 +116,82 @@ def step(model: nn.Module, ids: Tensor) -> Tensor:
 # The steps
 
 
-def measure_steps(sizes: Sizes, with_liger: bool) -> dict[str, dict]:
+def measure_steps(sizes: Sizes, with_liger: bool, device: str = "cuda") -> dict[str, dict]:
     """The rows of one model: stock experts and ours, first with stock's dense kernels, then with Liger's."""
     from moe_kernels import enable
 
     enable()
-    model, ids = build(sizes, "cuda"), random_ids(sizes, "cuda")
+    model, ids = build(sizes, device), random_ids(sizes, device)
     rows: dict[str, dict] = {}
     for dense in ("", LIGER) if with_liger else ("",):
         if dense:
             use_liger(model)
+        expected: list[Tensor] | None = None
+        chosen: list[Tensor] = []
         for experts in EXPERTS:
             model.set_experts_implementation(experts)
             name = f"model/{sizes.name}/{dense}{experts}"
-            row = {"loss": step(model, ids).item()}
-            check_loss(name, row["loss"], next(iter(rows.values()), row)["loss"])
-            rows[name] = row | measure(model, ids)
+            with same_choice(model, chosen):
+                loss, gradients = checked_step(model, ids)
+            check_loss(name, loss, next(iter(rows.values()), {"loss": loss})["loss"])
+            if expected is None:
+                expected = gradients
+            check_gradients(name, gradients, expected)
+            rows[name] = {"loss": loss} | measure(model, ids)
     return rows
+
+
+@contextlib.contextmanager
+def same_choice(model: nn.Module, chosen: list[Tensor]) -> Iterator[None]:
+    """Keep the experts that each router chooses in ``chosen``, or make it choose those that are there.
+
+    A rounding decides between experts whose scores are alike. The first layer's gradients would differ by some percent
+    between two right implementations just because tokens went elsewhere in later layers.
+    """
+    record, layers = not chosen, model.model.layers
+
+    def choose(place: int, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores, indices = output
+        if record:
+            chosen.append(indices)
+            return output
+        weights = logits.softmax(-1, dtype=torch.float32).gather(-1, chosen[place])
+        return logits, (weights / weights.sum(-1, keepdim=True)).to(scores.dtype), chosen[place]
+
+    hooks = [
+        layer.mlp.gate.register_forward_hook(lambda _, __, output, place=place: choose(place, output))
+        for place, layer in enumerate(layers)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def checked_step(model: nn.Module, ids: Tensor) -> tuple[float, list[Tensor]]:
+    """The loss, and the gradients of the first layer's experts, which all other layers have passed on.
+
+    They are kept in the host's memory: on the GPU they would count in the peaks.
+    """
+    model.zero_grad()
+    loss = step(model, ids).item()
+    experts = model.model.layers[0].mlp.experts
+    return loss, [parameter.grad.cpu() for parameter in (experts.gate_up_proj, experts.down_proj)]
 
 
 def check_loss(name: str, loss: float, expected: float) -> None:
     if not abs(loss - expected) < MOST_LOSS_DIFFERENCE * expected:
-        raise ValueError(f"{name}: the loss is {loss:.5f}, stock's on the same weights {expected:.5f}")
+        raise Inaccurate(f"{name}: the loss is {loss:.5f}, stock's on the same weights {expected:.5f}")
+
+
+def check_gradients(name: str, gradients: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    """The loss alone says little of the experts: with random weights it hardly depends on them."""
+    for which, gradient, stock in zip(("gate_up_proj", "down_proj"), gradients, expected, strict=True):
+        error = relative_l2(gradient, stock.float())
+        if not error < MOST_GRADIENT_DIFFERENCE:  # NaN too
+            allowed = f"allowed {MOST_GRADIENT_DIFFERENCE:.0e}"
+            raise Inaccurate(f"{name}: the gradient of {which} differs from stock's by {error:.1e}, {allowed}")
 
 
 def measure(model: nn.Module, ids: Tensor) -> dict[str, float]:
@@ -221,7 +278,7 @@ def measure_first_step(sizes: Sizes, started: float) -> dict[str, dict]:
         "first_step_s": time.time() - built,
     }
     row |= _counted("first", compilations)
-    for batches, label in ((CHANGING, "after"), (SMALL, "small")):
+    for batches, label in ((WARM, "warm"), (CHANGING, "after")):
         _other_batches(model, sizes, batches)
         row |= _counted(label, compilations)
     return {f"model/{sizes.name}/first_step": row}

@@ -1,7 +1,8 @@
 """The rows of ops.json: GPU time of each op on each backend, at the size one layer gives it.
 
-Short ops are timed by graph replay over rotating inputs, so that those that fit in L2 are cold, which flatters nobody:
-in a layer the indices and the logits have just been written and are warm. Everything else is larger than L2 by itself.
+Products are timed in turn with their ``torch.bmm``: a product alone would run at another clock than one in a loop.
+Other short ops are timed by graph replay over rotating inputs, so that those that fit in L2 are cold, which flatters
+nobody: in a layer the indices and the logits have just been written and are warm. Everything else is larger than L2.
 """
 
 import functools
@@ -14,7 +15,7 @@ from torch import Tensor
 from moe_kernels import backends, use_backend
 from moe_kernels.bench import ceilings
 from moe_kernels.bench.layer import TIMES_YARDSTICK, Inaccurate, relative_l2
-from moe_kernels.bench.measure import cold_copies, graph_us, median_ms, waiting
+from moe_kernels.bench.measure import cold_copies, graph_us, median_ms, medians_in_turn_ms, waiting
 from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import Shape, routing
 from moe_kernels.functional import RoutingPlan, routing_plan
@@ -40,6 +41,7 @@ class Inputs(NamedTuple):
     dh: Tensor
     a: Tensor
     y: Tensor
+    out: Tensor | None = None  # what an op that writes into a tensor it is given gets; by default a new one
 
 
 class Op(NamedTuple):
@@ -84,7 +86,7 @@ def _grouped_wgrad(lhs: Tensor, rhs: Tensor, gather: str, plan: RoutingPlan) -> 
 
 
 def _combine(i: Inputs) -> Sequence[Tensor]:
-    out = i.y.new_empty(i.x.shape)
+    out = i.y.new_empty(i.x.shape) if i.out is None else i.out
     torch.ops.moe_kernels.combine(out, i.y, i.plan.positions_TK, i.weights, None)
     return (out,)
 
@@ -143,14 +145,9 @@ def run(session: Session, shape: Shape, name: str, backend: str) -> tuple[Callab
     op, inputs = OPS[name], inputs_of(shape, session.device)
     check(name, shape, session.device, backend)
     with use_backend(backend):
-        us = gpu_us(op, inputs)
-    row = {"gpu_us": us}
-    if op.product is not None:
-        row["tflops"] = op.flops * shape.rows * shape.D * shape.I / us / 1e6
-        padded = ceilings.padding(inputs.plan.tokens_per_expert_E)
-        row["of_bmm"] = session.products_ms(shape)[op.product] * padded * 1e3 / us
-    else:
-        row["tb_per_s"] = op.moved(shape) / us / 1e6
+        row = _product(op, inputs, shape, session.device) if op.product else {"gpu_us": gpu_us(op, inputs)}
+    if op.moved is not None:
+        row["tb_per_s"] = op.moved(shape) / row["gpu_us"] / 1e6
         row["of_copy"] = row["tb_per_s"] * 1e12 / session.bytes_per_second
     scratch = kept(op, inputs)
 
@@ -161,10 +158,31 @@ def run(session: Session, shape: Shape, name: str, backend: str) -> tuple[Callab
     return waiting(call), session.record(FILE, f"op/{name}/{shape.name}/{backend}", row)
 
 
+def _product(op: Op, inputs: Inputs, shape: Shape, device: str) -> dict[str, float]:
+    """The figures of a product, timed in turn with its ``torch.bmm``: both at the clock that their power leaves."""
+    copy, restore = _restored(op, inputs)
+    runs = {"op": lambda: op.run(copy), **ceilings.products(shape, op.product, device=device)}
+    times = medians_in_turn_ms(runs, prepare=restore)
+    us = times["op"] * 1e3
+    return {
+        "gpu_us": us,
+        "tflops": op.flops * shape.rows * shape.D * shape.I / us / 1e6,
+        "of_bmm": times[op.product] * ceilings.padding(inputs.plan.tokens_per_expert_E) / times["op"],
+    }
+
+
+def _restored(op: Op, inputs: Inputs) -> tuple[Inputs, Callable[[], object] | None]:
+    """Inputs that the op may write over, and what gives them back: what it leaves there is ever smaller."""
+    copy = kept(op, inputs)
+    if op.over is None:
+        return copy, None
+    return copy, functools.partial(getattr(copy, op.over).copy_, getattr(inputs, op.over))
+
+
 def gpu_us(op: Op, inputs: Inputs) -> float:
-    if op.over is not None:  # given back its input before each call, untimed: what it left there is ever smaller
-        copy = kept(op, inputs)
-        restore = functools.partial(getattr(copy, op.over).copy_, getattr(inputs, op.over))
+    """Of an op by itself, in µs."""
+    copy, restore = _restored(op, inputs)
+    if restore is not None:
         return median_ms(lambda: op.run(copy), prepare=restore) * 1e3
     if median_ms(lambda: op.run(inputs), repeats=3) >= _GRAPH_BELOW_MS:
         return median_ms(lambda: op.run(inputs)) * 1e3
@@ -180,9 +198,10 @@ def gpu_us(op: Op, inputs: Inputs) -> float:
 def check(name: str, shape: Shape, device: str, backend: str) -> None:
     """Within twice the error of plain torch in bf16, or of one rounding where that makes none; integers equal."""
     truth, limits = _expected(name, shape, device)
-    op = OPS[name]
+    op, inputs = OPS[name], inputs_of(shape, device)
+    poisoned = torch.full_like(inputs.x, torch.nan)  # what isn't written can't pass for right
     with use_backend(backend):
-        found = op.run(kept(op, inputs_of(shape, device)))
+        found = op.run(kept(op, inputs)._replace(out=poisoned))
     for place, (value, true, limit) in enumerate(zip(found, truth, limits, strict=True)):
         which = f"op/{name}/{shape.name}/{backend}: result {place}"
         if limit is None:

@@ -33,11 +33,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(error) from None
     shapes = [SHAPES[name] for name in dict.fromkeys(args.shape or DEFAULT_SHAPES)]
     routings = dict.fromkeys(args.routing)
-    failures, notes = _measure(session, [case for shape in shapes for case in block.cases(shape, routings)])
-    if args.peers:
-        notes += _measure_peers(session, shapes)
-    written = _write(session, directory)
-    show(session.rows.get(block.FILE, {}), session.machine, failures, notes, written)
+    line = session.machine  # measured now: a GPU that has crashed could not tell its ceilings
+    notes = [f"{case.name}: {reason}" for shape in shapes for case, reason in block.left_out(shape)]
+    try:
+        failures, reasons = _measure(session, [case for shape in shapes for case in block.cases(shape, routings)])
+        notes += reasons
+        if args.peers:
+            notes += _measure_peers(session, shapes)
+    finally:
+        written = _write(session, directory, "--save" if args.save else "--output-dir")
+    show(session.rows.get(block.FILE, {}), line, failures, notes, written)
     return 1 if failures else 0
 
 
@@ -46,19 +51,21 @@ def _directory(args: argparse.Namespace) -> Path:
     if args.save:
         if not (results.ROOT / "pyproject.toml").is_file():
             raise UsageError("--save: moe_kernels does not run from a checkout; name a directory with --output-dir")
-        return results.results_dir()
+        option, wanted = "--save", results.results_dir()
+    else:
+        option, wanted = "--output-dir", args.output_dir
     try:
-        directory = args.output_dir.expanduser().absolute()
+        directory = wanted.expanduser().absolute()
         existing = next(path for path in (directory, *directory.parents) if path.exists())
         if not existing.is_dir():
-            raise UsageError(f"--output-dir: {existing} is not a directory")
+            raise UsageError(f"{option}: {existing} is not a directory")
         if not os.access(existing, os.W_OK | os.X_OK):
-            raise UsageError(f"--output-dir: {existing} is not writable")
+            raise UsageError(f"{option}: {existing} is not writable")
         earlier = results.load(directory / "block.json")
         if not (isinstance(earlier, dict) and {"machines", "rows"} <= earlier.keys()):
-            raise UsageError(f"--output-dir: {directory / 'block.json'} holds no results of a benchmark")
+            raise UsageError(f"{option}: {directory / 'block.json'} holds no results of a benchmark")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, an unknown ~user, a file that isn't JSON
-        raise UsageError(f"--output-dir: can't use {args.output_dir} ({first_line(error)})") from None
+        raise UsageError(f"{option}: can't use {wanted} ({first_line(error)})") from None
     return directory
 
 
@@ -107,7 +114,7 @@ def progress(things: Iterable, describe: Callable[..., str], total: int) -> Iter
         bar.update(task, description="")
 
 
-def _write(session, directory: Path) -> list[Path]:
+def _write(session, directory: Path, option: str) -> list[Path]:
     from moe_kernels.bench import block
     from moe_kernels.cli import charts
 
@@ -116,7 +123,7 @@ def _write(session, directory: Path) -> list[Path]:
         if written and charts.layers(directory / CHART, results.load(directory / block.FILE)):
             written.append(directory / CHART)
     except OSError as error:
-        raise RunError(f"--output-dir: can't write in {directory} ({error.strerror})") from None
+        raise RunError(f"{option}: can't write in {directory} ({error.strerror})") from None
     return written
 
 

@@ -13,7 +13,7 @@ PRODUCTS_MS = {"up": 1.0, "down": 0.5, "d_a": 0.5, "dx": 1.0, "dw_gate_up": 1.5,
 @pytest.fixture
 def clock(monkeypatch):
     """``clock.now`` in ms is what events record; it moves when something adds to it."""
-    clock = types.SimpleNamespace(now=0.0)
+    clock = types.SimpleNamespace(now=0.0, slept=[])
 
     class Event:
         def __init__(self, enable_timing):
@@ -28,6 +28,7 @@ def clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: clock.slept.append(cycles))
     for name in ("memory_allocated", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
     return clock

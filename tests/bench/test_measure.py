@@ -1,6 +1,7 @@
 """The clocks, on a clock that the test moves."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -39,8 +40,10 @@ def test_steps_are_timed_with_and_without_gradients_to_add_to(layer):
     found = measure.measure(forward, torch.ones(3))
     assert found[:4] == (2, 5, 7, 9)
     fresh = seen.count([False, False])
-    assert fresh == 1 + measure.WARM_UPS + measure.REPEATS  # the first compiles
+    # the first compiles; a few tell the host's time, one the GPU's
+    assert fresh == 1 + measure.WARM_UPS + measure._FEWEST + 1 + measure.REPEATS
     assert seen[:fresh] == [[False, False]] * fresh and all(seen[-1]), "memory is measured with gradients allocated"
+    assert seen.count([True, True]) == measure.WARM_UPS + measure.REPEATS + 1
     assert all(leaf.grad is None for leaf in leaves)
 
 
@@ -54,7 +57,78 @@ def test_long_steps_are_repeated_less(clock):
         return x * 1.0
 
     assert measure.measure(forward, torch.ones(3)).step_ms == 100
-    assert len(steps) < 20
+    assert len(steps) < 30
+
+
+@pytest.fixture
+def queue(clock, monkeypatch):
+    """A host and the GPU that works off what it enqueues, each on a time of its own, in ms."""
+    queue = types.SimpleNamespace(host=0.0, gpu=0.0, slept=0.0)
+
+    def enqueue(host_ms, gpu_ms):
+        queue.host += host_ms
+        queue.gpu = max(queue.gpu, queue.host) + gpu_ms
+
+    def record(event):
+        enqueue(0, 0)
+        event.time = queue.gpu
+
+    def sleep(cycles):
+        queue.slept += cycles / measure._CYCLES_PER_MS
+        enqueue(0, cycles / measure._CYCLES_PER_MS)
+
+    queue.enqueue = enqueue
+    queue.wait = lambda: setattr(queue, "host", max(queue.host, queue.gpu))
+    monkeypatch.setattr(torch.cuda.Event, "record", record)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", queue.wait)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: queue.host / 1e3)
+    return queue
+
+
+class Launches(torch.autograd.Function):
+    """Kernels that take the host and the GPU some ms each, forward and, twice as long, backward."""
+
+    @staticmethod
+    def forward(ctx, x, queue, host_ms, gpu_ms, waits):
+        ctx.rest = queue, host_ms, gpu_ms
+        for _ in range(4):
+            queue.enqueue(host_ms / 4, gpu_ms / 4)
+            if waits:
+                queue.wait()
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, d):
+        queue, host_ms, gpu_ms = ctx.rest
+        for _ in range(8):
+            queue.enqueue(host_ms / 4, gpu_ms / 4)
+        return d, None, None, None, None
+
+
+@pytest.mark.parametrize("host_ms, gpu_ms", [(1.0, 4.0), (2.0, 1.5), (2.0, 0.2)], ids=["gpu", "near", "host"])
+def test_the_host_is_in_no_time_of_the_gpu(queue, host_ms, gpu_ms):
+    x = torch.ones(3, requires_grad=True)
+    found = measure.measure(lambda: Launches.apply(x, queue, host_ms, gpu_ms, False), torch.ones(3))
+    assert found[:4] == pytest.approx((gpu_ms, 2 * gpu_ms, 3 * gpu_ms, 3 * gpu_ms))
+    assert found.host_ms == pytest.approx(3 * host_ms)
+    if gpu_ms > host_ms:
+        assert queue.slept <= 3 * measure._MARGIN * 3 * host_ms, "at the start of each loop only: no gaps between steps"
+
+
+def test_a_delay_is_in_no_time_even_of_a_step_that_waits(queue):
+    x = torch.ones(3, requires_grad=True)
+    found = measure.measure(lambda: Launches.apply(x, queue, 0.1, 0.1, True), torch.ones(3))
+    assert queue.slept > 0
+    assert found.step_ms < 0.3 + 0.3 + 0.01, "its launches count, the delay does not"
+
+
+def test_parts_in_turn_are_timed_without_their_launches(queue):
+    order = []
+    runs = {name: lambda name=name: (order.append(name), queue.enqueue(0.05, 0.01)) for name in "ab"}
+    found = measure.medians_in_turn_ms(runs, repeats=2, prepare=lambda: order.append("-"))
+    assert found == pytest.approx({"a": 0.01, "b": 0.01})
+    assert "".join(order) == "-ab" * (measure.WARM_UPS + 2)
 
 
 def test_memory_leaves_out_what_was_there_and_the_output(monkeypatch, layer):

@@ -7,6 +7,8 @@ import torch
 
 from moe_kernels import disable, enable, report
 from moe_kernels.bench import model
+from moe_kernels.bench.layer import Inaccurate
+from moe_kernels.functional.routing_plan import _block_m
 
 TINY = model.SIZES["tiny"]
 
@@ -35,8 +37,62 @@ def test_a_step_on_stock_experts_and_on_ours(enabled):
 
 @pytest.mark.parametrize("loss", [11.93 * (1 + 2 * model.MOST_LOSS_DIFFERENCE), float("nan")])
 def test_another_loss_is_refused(loss):
-    with pytest.raises(ValueError, match=r"ours: the loss is .*, stock's on the same weights 11\.93000"):
+    with pytest.raises(Inaccurate, match=r"ours: the loss is .*, stock's on the same weights 11\.93000"):
         model.check_loss("ours", loss, 11.93)
+
+
+def test_rows_of_experts_that_are_right(monkeypatch, enabled):
+    monkeypatch.setattr(model, "measure", lambda built, ids: {"step_ms": 1.0})
+    rows = model.measure_steps(TINY, with_liger=False, device="cpu")
+    assert list(rows) == ["model/tiny/grouped_mm", "model/tiny/moe_kernels"]
+    assert all(row["step_ms"] == 1 and row["loss"] > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("factor", [0, -1, 1.05], ids=["zeroed", "negated", "larger"])
+def test_experts_that_are_wrong_are_refused(monkeypatch, enabled, factor, dtype):
+    """The whole layer's experts, forward and so backward, times a factor, in ours only."""
+    build = model.build
+
+    def wrong(sizes, device):
+        built = build(sizes, device).to(dtype)
+
+        def scaled(experts, inputs, output):
+            return output * factor if experts.config._experts_implementation == "moe_kernels" else output
+
+        built.model.layers[0].mlp.experts.register_forward_hook(scaled)
+        return built
+
+    monkeypatch.setattr(model, "build", wrong)
+    monkeypatch.setattr(model, "measure", lambda *_: {})
+    monkeypatch.setattr(model, "check_loss", lambda *_: None)
+    with pytest.raises(Inaccurate, match=r"model/tiny/moe_kernels: the gradient of gate_up_proj differs from stock's"):
+        model.measure_steps(TINY, with_liger=False, device="cpu")
+
+
+@pytest.mark.parametrize("place, name", [(0, "gate_up_proj"), (1, "down_proj")])
+def test_each_gradient_is_compared(place, name):
+    right = [torch.randn(4, 4), torch.randn(4, 4)]
+    wrong = [tensor.clone() for tensor in right]
+    model.check_gradients("ours", wrong, right)
+    for value in (torch.nan, 0):
+        wrong[place] = right[place] * value
+        with pytest.raises(Inaccurate, match=f"ours: the gradient of {name} differs"):
+            model.check_gradients("ours", wrong, right)
+
+
+def test_routers_choose_again_what_they_chose():
+    built, chosen = model.build(TINY, "cpu").float(), []
+    gate, hidden = built.model.layers[0].mlp.gate, torch.randn(5, TINY.hidden)
+    other = torch.randn(5, TINY.hidden)
+    with model.same_choice(built, chosen):
+        logits, scores, indices = gate(hidden)
+    with model.same_choice(built, chosen):
+        again = gate(hidden)
+        forced = gate(other)[2]
+    for a, b in zip(again, (logits, scores, indices), strict=True):
+        torch.testing.assert_close(a, b)
+    assert len(chosen) == 1 and forced.equal(indices) and not gate(other)[2].equal(indices)
 
 
 def test_the_size_is_that_of_the_name():
@@ -48,14 +104,13 @@ def test_the_size_is_that_of_the_name():
 
 
 def test_the_batches_change_as_they_should():
-    tokens = [batch * length for batch, length in model.CHANGING]
-    assert len(set(tokens)) == 20
     sizes = model.SIZES["qwen3-30b-4L"]
-    rows_per_expert = [count * sizes.top_k / sizes.experts for count in tokens]
-    assert min(rows_per_expert) > 64, "another tile size: these are for SMALL"
+    tokens, warm = ([batch * length for batch, length in batches] for batches in (model.CHANGING, model.WARM))
+    assert len(set(tokens)) == 20 and not set(tokens) & {*warm, sizes.batch * sizes.length}
+    tiles = [[_block_m(count * sizes.top_k, sizes.experts) for count in counts] for counts in (tokens, warm)]
+    assert tiles[1] == [128, 64, 32, 16] and set(tiles[0]) == set(tiles[1])
     assert any(count % 2 for count in tokens) and any(count % 16 == 0 for count in tokens)
-    assert max(length * sizes.top_k / sizes.experts for _, length in model.SMALL) <= 64
-    assert (1, 1) in model.SMALL
+    assert {1, 17, 300} < set(tokens)
 
 
 def test_compilations_of_ours_and_others():
@@ -68,7 +123,7 @@ def test_compilations_of_ours_and_others():
         "compilations_after_others": 2,
         "compiled_after": "moe_kernels.backends.triton.combine._kernel",
     }
-    assert model._counted("small", compilations) == {"compilations_small": 0, "compilations_small_others": 0}
+    assert model._counted("warm", compilations) == {"compilations_warm": 0, "compilations_warm_others": 0}
 
 
 def test_a_first_step_starts_with_empty_caches(monkeypatch):

@@ -5,14 +5,14 @@ import types
 import pytest
 import torch
 
-from moe_kernels.bench import block, decode, extra, layer, ops
+from moe_kernels.bench import block, ceilings, decode, extra, layer, ops
 from moe_kernels.bench.layer import Inaccurate
 from moe_kernels.bench.measure import Measured
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
 from tests.bench.conftest import PRODUCTS_MS
 
 TINY = SHAPES["tiny"]
-MEASURED = Measured(2.0, 5.0, 7.0, 8.0, 300.0, 900.0)
+MEASURED = Measured(2.0, 5.0, 7.0, 8.0, 300.0, 900.0, 3.0)
 
 
 @pytest.fixture(autouse=True)
@@ -23,11 +23,24 @@ def _still(monkeypatch):
         forward().backward(d_out)
         return MEASURED
 
+    def in_turn(runs, prepare):
+        """The op, which finds its input as it was, takes 0.4 ms, its product 0.3."""
+        found = []
+        for _ in range(2):
+            if prepare is not None:
+                prepare()
+            found.append([tensor.clone() for tensor in runs["op"]()])
+        assert all(map(torch.equal, *found))
+        (product,) = runs.keys() - {"op"}
+        runs[product]()
+        return {"op": 0.4, product: 0.3}
+
     for module in (block, extra):
         monkeypatch.setattr(module, "measure", measure)
     for module in (decode, ops):
         monkeypatch.setattr(module, "graph_us", lambda runs: [run() for run in runs] and 250.0)
     monkeypatch.setattr(ops, "median_ms", lambda run, **_: 0.5 if run() else 0.0)
+    monkeypatch.setattr(ops, "medians_in_turn_ms", in_turn)
     monkeypatch.setattr(decode, "capturable", lambda run: True)
 
 
@@ -57,9 +70,15 @@ def test_names_of_the_other_shapes(shape):
 
 
 def test_what_takes_seconds_or_all_memory_is_left_out():
-    assert not block.fits("batched_mm", SHAPES["qwen3-30b"]) and block.fits("batched_mm", TINY)
-    assert block.fits("batched_mm", SHAPES["qwen3-30b"]._replace(T=256), backward=False)
-    assert block.fits("eager", SHAPES["qwen3-30b"]) and not block.fits("eager", SHAPES["qwen3.5-35b"])
+    main, wide = SHAPES["qwen3-30b"], SHAPES["qwen3.5-35b"]
+    assert block.left_out(TINY) == []
+    assert block.why_left_out("batched_mm", main._replace(T=256), backward=False) is None
+    assert [(case.name, reason) for case, reason in block.left_out(main)] == [
+        ("block/qwen3-30b/uniform/batched_mm", "left out: it would copy 3456 GiB of weights")
+    ]
+    reasons = {case.implementation: reason for case, reason in block.left_out(wide)}
+    assert set(reasons) == {"eager", "batched_mm"} and "loop over 256 experts" in reasons["eager"]
+    assert not {case for case, _ in block.left_out(wide)} & set(block.cases(wide))
 
 
 def test_block_rows(session):
@@ -135,6 +154,34 @@ def test_stock_that_waits_for_the_gpu_has_no_gpu_time(session, monkeypatch):
     assert [name for name, row in rows.items() if "gpu_ms" in row] == ["decode/tiny/T1/moe_kernels"]
 
 
+@pytest.mark.parametrize(
+    "name, scale, place, word",
+    [
+        ("moe_kernels", 1.02, decode._INPUTS - 1, "moe_kernels: relative error 2.* on input 7, allowed"),
+        ("eager", -1, 0, "eager: relative error 2.0.* on input 0, allowed 1.00e-01"),
+    ],
+)
+def test_few_tokens_that_are_wrong_have_no_time(session, monkeypatch, name, scale, place, word):
+    monkeypatch.setattr(decode, "wall_ms", lambda runs: pytest.fail("it was timed"))
+    right, calls = layer.Layer.module, []
+
+    def module(self, what, implementation):
+        run = right(self, what, implementation)
+        if implementation != name:
+            return run
+
+        def wrong_once(*inputs):
+            calls.append(None)
+            return run(*inputs) * (scale if len(calls) == place + 1 else 1)
+
+        return wrong_once
+
+    monkeypatch.setattr(layer.Layer, "module", module)
+    with pytest.raises(Inaccurate, match=f"decode/tiny/T8/{word}"):
+        decode.run(session, TINY, 8)
+    assert session.rows == {}
+
+
 # ops.json
 
 
@@ -148,7 +195,10 @@ def test_op_rows(session, l2, name):
     call, row = ops.run(session, TINY, name, "reference")
     call()
     product = ops.OPS[name].product
-    assert row["gpu_us"] == (500 if name == "d_activation" else 250)  # the first is timed by events
+    assert row["gpu_us"] == (400 if product else 250)
+    if product:
+        padding = ceilings.padding(ops.inputs_of(TINY, "cpu").plan.tokens_per_expert_E)
+        assert row["of_bmm"] == pytest.approx(0.3 / 0.4 * padding, rel=1e-4)
     assert set(row) == {"gpu_us", *(("tflops", "of_bmm") if product else ("tb_per_s", "of_copy"))}
     assert list(session.rows["ops.json"]) == [f"op/{name}/tiny/reference"]
 
@@ -163,6 +213,20 @@ def test_an_op_that_is_wrong_has_no_time(session, l2, monkeypatch):
     with pytest.raises(Inaccurate, match="op/combine/tiny/reference: result 0 has a relative error"):
         ops.run(session, TINY, "combine", "reference")
     assert session.rows == {}
+
+
+def test_what_combine_leaves_unwritten_is_found(session, l2, monkeypatch):
+    ops._expected("combine", TINY, "cpu")
+    right = ops.OPS["combine"].run
+
+    def all_but_the_first(inputs):
+        (out,) = right(inputs._replace(out=None))
+        inputs.out[1:] = out[1:]
+        return (inputs.out,)
+
+    monkeypatch.setitem(ops.OPS, "combine", ops.OPS["combine"]._replace(run=all_but_the_first))
+    with pytest.raises(Inaccurate, match="op/combine/tiny/reference: result 0 has a relative error of nan"):
+        ops.run(session, TINY, "combine", "reference")
 
 
 def test_a_plan_that_is_wrong_has_no_time(session, l2, monkeypatch):
@@ -186,6 +250,7 @@ def test_autocast_rows(session):
         step()
     assert row["over_bf16"] == 1 and row["step_ms"] == 7
     assert set(session.rows["extra.json"]) == {"autocast/tiny/grouped_mm", "autocast/tiny/moe_kernels"}
+    assert set(session.rows) == {"extra.json"}, "the bf16 step beside it is no row"
 
 
 @pytest.mark.parametrize("factor", [1, 2], ids=["equal", "different"])

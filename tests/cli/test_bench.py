@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from moe_kernels.bench import results
-from moe_kernels.cli import bench, charts, tune
+from moe_kernels.cli import bench, charts, main, tune
 
 pytest.importorskip("matplotlib")
 
@@ -112,11 +113,87 @@ def test_save_needs_a_checkout(monkeypatch, tmp_path):
         bench._directory(arguments)
 
 
+def test_save_names_its_place_when_it_cannot_be_used(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(results, "results_dir", lambda: tmp_path / "file" / "a-gpu")
+    with pytest.raises(bench.UsageError, match=r"--save: .*file is not a directory"):
+        bench._directory(types.SimpleNamespace(save=True))
+
+    def refuse(directory):
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(bench.RunError, match=r"--save: can't write in .*a-gpu \(Permission denied\)"):
+        bench._write(types.SimpleNamespace(save=refuse), tmp_path / "a-gpu", "--save")
+
+
 def test_writing_tuned_rows_needs_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "ROOT", tmp_path)
     arguments = type("Arguments", (), {"peers": False, "save": False, "write": True})
     with pytest.raises(bench.UsageError, match="--write: moe_kernels does not run from a checkout"):
         tune.run(arguments)
+
+
+# A run
+
+
+@pytest.fixture
+def measuring(monkeypatch):
+    """``measuring(run)`` puts ``run(session, case)`` in place of a measurement."""
+    from moe_kernels.bench import block, session
+
+    monkeypatch.delenv("MOE_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(bench.machine, "gpu", lambda: MACHINE["gpu"])
+    monkeypatch.setattr(session.Session, "machine", MACHINE)
+    return lambda run: monkeypatch.setattr(block, "run", run)
+
+
+def arguments(shape, place):
+    names = ["bench", "--shape", shape, "--output-dir", str(place)]
+    return main.parser().parse_args(names)
+
+
+def test_what_is_left_out_is_said(measuring, capsys, tmp_path):
+    measuring(lambda session, case: session.record("block.json", case.name, row(8.0, 300, 900)))
+    assert bench.run(arguments("qwen3.5-35b", tmp_path / "out")) == 0
+    shown = capsys.readouterr().out
+    assert "block/qwen3.5-35b/uniform/eager: left out: a step would loop over 256 experts" in shown
+    assert "block/qwen3.5-35b/uniform/batched_mm: left out: it would copy 2304 GiB" in shown
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("an illegal memory access"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+def test_rows_from_before_a_crash_are_saved(measuring, tmp_path, error):
+    def run(session, case):
+        if session.rows:
+            raise error
+        session.record("block.json", case.name, row(8.0, 300, 900))
+
+    measuring(run)
+    with pytest.raises(type(error)):
+        bench.run(arguments("tiny", tmp_path / "out"))
+    assert list(results.load(tmp_path / "out" / "block.json")["rows"]) == ["block/tiny/uniform/eager"]
+
+
+# The suite in benchmarks/
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ((), ("test_peers.py", "left out: it would copy 3456 GiB of weights")),
+        (("--no-peers", "--shape", "tiny"), ("test_decode.py", "measured on qwen3-30b only")),
+    ],
+    ids=["all", "another-shape"],
+)
+def test_the_suite_without_a_gpu(options, said):
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "benchmarks", *options]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "160"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=results.ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(word in done.stdout for word in said)
+    assert ("test_peers.py" in done.stdout) == ("--no-peers" not in options)
+    assert "passed" not in done.stdout and "no CUDA device" in done.stdout
 
 
 # What it shows
