@@ -9,6 +9,7 @@ says so. Exit status 0 when all that is asked for is met.
 """
 
 import argparse
+import importlib.util
 import itertools
 import operator
 import sys
@@ -196,33 +197,52 @@ def judged(floors: list[Floor], gpu: Path, present_hash: str) -> list[Verdict]:
 
 
 def show(verdicts: list[Verdict]) -> None:
+    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in _COLOURS}
+    summary = ", ".join(f"{count} {state}" for state, count in counts.items())
+    groups = itertools.groupby(verdicts, key=lambda verdict: verdict.floor.issue)
+    if importlib.util.find_spec("rich") is None:  # an extra; the comparison needs nothing but Python
+        for issue, group in groups:
+            print(issue)
+            for verdict in group:
+                print("  " + " | ".join(filter(None, _cells(verdict))))
+        print(summary)
+        return
+
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
-    for issue, group in itertools.groupby(verdicts, key=lambda verdict: verdict.floor.issue):
+    for issue, group in groups:
         table = Table(title=issue, title_justify="left")
         for heading in ("what", "row, metric", "floor", "found", ""):
             table.add_column(heading, justify="right" if heading in ("floor", "found") else "left", overflow="fold")
-        for floor, state, found, allowed, note in group:
-            if allowed is None:
-                limit = f"{floor.value:g}" if floor.times_row is None else f"{floor.value:g}x"
-            else:
-                limit = f"{allowed:.4g}"
+        for verdict in group:
+            what, row, metric, limit, found, said = _cells(verdict)
             table.add_row(
-                floor.what,
-                f"{floor.row}\n{floor.metric}",
-                f"{floor.relation} {limit}",
-                "" if found is None else f"{found:.4g}",
-                _verdict(state, note),
+                what,
+                f"{row}\n{metric}",
+                limit,
+                found,
+                said.replace(verdict.state, f"[{_COLOURS[verdict.state]}]{verdict.state}[/]", 1),
             )
         console.print(table)
-    counts = {state: sum(verdict.state == state for verdict in verdicts) for state in _COLOURS}
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    console.print(summary)
 
 
-def _verdict(state: str, note: str) -> str:
-    return f"[{_COLOURS[state]}]{state}[/]" + (f"{' ' if state == SHORT else ', '}{note}" if note else "")
+def _cells(verdict: Verdict) -> tuple[str, ...]:
+    floor, state, found, allowed, note = verdict
+    if allowed is None:
+        limit = f"{floor.value:g}" if floor.times_row is None else f"{floor.value:g}x"
+    else:
+        limit = f"{allowed:.4g}"
+    return (
+        floor.what,
+        floor.row,
+        floor.metric,
+        f"{floor.relation} {limit}",
+        "" if found is None else f"{found:.4g}",
+        state + (f"{' ' if state == SHORT else ', '}{note}" if note else ""),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

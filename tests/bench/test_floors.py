@@ -312,3 +312,11 @@ def test_a_name_that_no_log_is_wide_enough_for_is_folded(capsys):
     floors.show([floors.Verdict(FLOOR._replace(row=row), MISSING, None, None, "no row")])
     cells = [line.split("\u2502")[2].strip() for line in capsys.readouterr().out.splitlines() if "\u2502" in line]
     assert "".join(cells) == f"{row}step_ms"
+
+
+def test_without_rich_a_floor_is_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(floors.importlib.util, "find_spec", lambda name: None)
+    floors.show([floors.Verdict(FLOOR, MISSING, None, None, "no row")])
+    issue, line, summary = capsys.readouterr().out.splitlines()
+    assert issue == FLOOR.issue and "1 missing" in summary
+    assert line.strip().split(" | ")[:3] == [FLOOR.what, FLOOR.row, FLOOR.metric] and line.endswith("missing, no row")

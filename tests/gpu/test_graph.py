@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_kernels.bench.measure import capture
 from moe_kernels.functional import moe_experts, routing_plan, topk_route
 from tests.helpers import Case, Problem, bitwise_equal
 
@@ -12,20 +13,6 @@ CASE = Case(300, 4, 16, 256, 128)
 OTHER = [CASE._replace(routing="empty"), CASE._replace(routing="all_to_one"), CASE._replace(routing="sentinels")]
 NAMES = ("x", "weights", "w_gate_up", "w_down")
 BOTH = pytest.mark.parametrize("recompute", [None, "pre_activation"], ids=["save-h", "recompute"])
-
-
-def capture(function):
-    """The function's graph and its static outputs, after a warm-up on a side stream as PyTorch asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-    return graph, outputs
 
 
 def load(p, inputs, indices, other):
