@@ -68,6 +68,18 @@ def test_rerun_is_bitwise_equal(target):
     assert all(bitwise_equal(a, b) for a, b in zip(first, second))
 
 
+@pytest.mark.parametrize("routing", ["sentinels", "duplicates", "all_to_one", "all_dropped"])
+def test_many_small_blocks(target, routing, monkeypatch):
+    """More blocks than Triton's scan takes at once and more tiles than one program maps, without 2**18 slots."""
+    kernels = pytest.importorskip("moe_kernels.backends.triton.routing_plan")
+    for name, size in {"_BLOCK": 32, "_SCAN": 16, "_TILES": 32}.items():
+        monkeypatch.setattr(kernels, name, size)
+    case = Case(201, 4, 40, 0, 0, routing=routing, block_m=16)
+    indices = indices_of(case, target.device)
+    actual = torch.ops.moe_kernels.routing_plan(indices, case.E, case.block_m)
+    assert_same_plan(actual, naive_plan(indices, case.E, case.block_m))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_many_slots(backend):
@@ -85,3 +97,22 @@ def test_many_slots(backend):
     assert torch.equal(slots.long(), order)
     assert torch.equal(offsets[1:].long(), indices.flatten().bincount(minlength=E).cumsum(0))
     assert torch.equal(positions.flatten()[order].long(), torch.arange(order.numel(), device="cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("E", [1, 128, 384, 4096])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_many_experts_and_dropped_slots(backend, E):
+    """A size of every day, no multiple of any block, against the reference."""
+    from moe_kernels import backends, use_backend
+    from moe_kernels.functional import RoutingPlan
+
+    reason = backends.why_not(backend, OP, backends.Problem(torch.device("cuda"), None, ()))
+    if reason is not None:
+        pytest.skip(reason)
+    indices = torch.randint(-1 - E // 50, E + 2, (13_001, 7), device="cuda")
+    with use_backend("reference"):
+        expected = torch.ops.moe_kernels.routing_plan(indices, E, 64)
+    with use_backend(backend):
+        actual = torch.ops.moe_kernels.routing_plan(indices, E, 64)
+    assert_same_plan(actual, RoutingPlan(*expected, 64))

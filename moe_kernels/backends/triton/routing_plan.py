@@ -1,12 +1,22 @@
-"""routing_plan: a stable counting sort of the slots by expert, and the tile map, in four launches.
+"""routing_plan: expert indices -> a stable counting sort of the slots by expert, and the map of its tiles.
 
-    indices [T, K] -> offsets [E+1], slots [R], positions [T, K], tiles [2, M]
+    offsets[e]   = number of slots of experts below e                              [E+1]
+    row[r]       = offsets[indices[r]] + |{r' < r : indices[r'] = indices[r]}|     dropped slots: after the kept ones
+    slots[row]   = r                                                               [R]
+    positions[r] = row, or -1 where r is dropped                                   [T, K]
+    tiles        = per TILE_ROWS rows of an expert: the expert, its first row      [2, M]
 
-1. count    each program counts its CHUNK of slots per expert (bin E: "no expert")      counts [E+1, chunks]
-2. scan     each program turns one expert's column into how many came before each chunk
-3. layout   each program adds up the experts before its own: offsets, and its tiles
-4. scatter  place = offset of the expert + how many in earlier chunks + how many earlier in the chunk
-The rank inside a chunk counts equal ids to the left, pair by pair: no sort, no atomics, one possible result.
+R is cut into blocks of BLOCK slots, one program a block:
+
+    count    the block's histogram over the experts                                counts [E, blocks]
+    scan     one program an expert: inclusive sum over the blocks, in place         totals [E]
+    scatter  sorts the block's keys (expert, slot): row = place in the sorted block + slots of other blocks that come
+             first. Every program scans the totals for itself: E words, cheaper than a launch.
+             Programs past the blocks write offsets and tiles.
+
+One pass of a radix sort whose digit is the expert. Ranks among equals come from a bitonic sort of the block: its work
+grows with log2(BLOCK)^2 a slot, where comparing all pairs grows with BLOCK and a cumulative one-hot with E. Keys are
+distinct and blocks share no counter: one possible result, whatever the order of the programs.
 """
 
 import torch
@@ -16,99 +26,135 @@ from torch import Tensor
 
 from moe_kernels.backends.triton._launch import Launch, cdiv, launch
 
-_CHUNK = 256  # the ranks are CHUNK^2 comparisons, the counts R / CHUNK columns
-_SCAN = 1024  # chunks that the scan handles at once
+_BLOCK = 512  # 256 programs at R = 131072, two an SM
+_WARPS = 4  # 4 keys a thread: exchanges in flight to hide each other's latency, few between warps
+_SCAN = 512  # blocks that the scan handles at once
+_TILES = 128  # tiles that a program maps
 
 
 @triton.jit
-def _ids(indices_ptr, o_s, num_slots, num_experts):
+def _load_ids(indices_ptr, o_s, num_slots, num_experts):
     """Expert of each slot; num_experts for "no expert" and for slots past the end."""
     ids = tl.load(indices_ptr + o_s, mask=o_s < num_slots, other=-1)
     return tl.where((ids < 0) | (ids >= num_experts), num_experts, ids).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_chunks"], do_not_specialize_on_alignment=["indices_ptr"])
-def count_kernel(indices_ptr, counts_ptr, num_slots, num_chunks, num_experts, CHUNK: tl.constexpr, BINS: tl.constexpr):
-    chunk = tl.program_id(0).to(tl.int64)
-    o_s = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = _ids(indices_ptr, o_s, num_slots, num_experts)
-    counts = tl.histogram(ids, BINS, mask=o_s < num_slots)
+@triton.jit(do_not_specialize=["num_slots", "num_blocks"], do_not_specialize_on_alignment=["indices_ptr"])
+def count_kernel(indices_ptr, counts_ptr, num_slots, num_blocks, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64)
+    ids = _load_ids(indices_ptr, block * BLOCK + tl.arange(0, BLOCK), num_slots, num_experts)
+    counts = tl.histogram(ids, BINS, mask=ids < num_experts)
     o_e = tl.arange(0, BINS)
-    tl.store(counts_ptr + o_e.to(tl.int64) * num_chunks + chunk, counts, mask=o_e <= num_experts)
+    tl.store(counts_ptr + o_e.to(tl.int64) * num_blocks + block, counts, mask=o_e < num_experts)
 
 
-@triton.jit(do_not_specialize=["num_chunks"])
-def scan_kernel(counts_ptr, totals_ptr, num_chunks, SCAN: tl.constexpr):
+@triton.jit(do_not_specialize=["num_blocks"])
+def scan_kernel(counts_ptr, totals_ptr, num_blocks, SCAN: tl.constexpr):
     expert = tl.program_id(0).to(tl.int64)
     before = 0
-    for chunk in range(0, num_chunks, SCAN):
-        o_c = chunk + tl.arange(0, SCAN)
-        p_counts = counts_ptr + expert * num_chunks + o_c
-        counts = tl.load(p_counts, mask=o_c < num_chunks, other=0)
-        tl.store(p_counts, before + tl.cumsum(counts, 0) - counts, mask=o_c < num_chunks)
+    for first in range(0, num_blocks, SCAN):
+        o_b = first + tl.arange(0, SCAN)
+        p_counts = counts_ptr + expert * num_blocks + o_b
+        counts = tl.load(p_counts, mask=o_b < num_blocks, other=0)
+        tl.store(p_counts, before + tl.cumsum(counts, 0), mask=o_b < num_blocks)
         before += tl.sum(counts, 0)
     tl.store(totals_ptr + expert, before)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
-def layout_kernel(
-    totals_ptr,
-    offsets_ptr,
-    tiles_ptr,
-    num_tiles,
-    num_experts,
-    TILE_ROWS: tl.constexpr,
-    BINS: tl.constexpr,
-    STEP: tl.constexpr,
+@triton.jit
+def _bit(axis: tl.constexpr, DIMS: tl.constexpr):
+    return tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (DIMS - 1 - axis)) != 0
+
+
+@triton.jit
+def _exchange(x, stage: tl.constexpr, axis: tl.constexpr, DIMS: tl.constexpr):
+    """One step of a bitonic sort: each pair along an axis of the cube [2] * DIMS in order."""
+    other = tl.sum(x, axis, keep_dims=True) - x  # the neighbour along the axis
+    upper = _bit(axis, DIMS)
+    if stage < DIMS:  # runs of 2**stage keys ascend and descend in turn: two of them are bitonic
+        upper = upper ^ _bit(DIMS - 1 - stage, DIMS)
+    return tl.where(upper, tl.maximum(x, other), tl.minimum(x, other))
+
+
+@triton.jit
+def _sort(x, DIMS: tl.constexpr):
+    """tl.sort of 2**DIMS keys in three quarters of its instructions, since a minimum needs no compare and select, and
+    in a tenth of its time in the interpreter, where sums are numpy's and xors a loop."""
+    x = tl.reshape(x, [2] * DIMS)
+    for stage in tl.static_range(1, DIMS + 1):
+        for step in tl.static_range(stage):
+            x = _exchange(x, stage, DIMS - stage + step, DIMS)
+    return tl.reshape(x, [1 << DIMS])
+
+
+@triton.jit
+def _write_tiles(
+    tiles_ptr, first_tile, num_tiles, totals, offsets, num_experts, TILES: tl.constexpr, ROWS: tl.constexpr
 ):
-    expert = tl.program_id(0)  # num_experts: the program that ends the offsets and marks the unused tiles
-    o_e = tl.arange(0, BINS)
-    totals = tl.load(totals_ptr + o_e, mask=o_e < num_experts, other=0)
-    earlier = o_e < expert
-    offset = tl.sum(tl.where(earlier, totals, 0), 0)
-    first_tile = tl.sum(tl.where(earlier, (totals + TILE_ROWS - 1) // TILE_ROWS, 0), 0)
-    tl.store(offsets_ptr + expert, offset)
-    if expert < num_experts:
-        last_tile = first_tile + (tl.load(totals_ptr + expert) + TILE_ROWS - 1) // TILE_ROWS
-        label = expert
-    else:
-        last_tile = num_tiles
-        label = -1
-    for tile in range(first_tile, last_tile, STEP):
-        o_t = tile + tl.arange(0, STEP)
-        row = tl.where(label < 0, 0, offset + (o_t - first_tile) * TILE_ROWS)
-        tl.store(tiles_ptr + o_t, tl.zeros((STEP,), tl.int32) + label, mask=o_t < last_tile)
-        tl.store(tiles_ptr + num_tiles + o_t, row, mask=o_t < last_tile)
+    tiles = (totals + ROWS - 1) // ROWS
+    ends = tl.cumsum(tiles, 0)
+    # A tile's expert is the number of experts that end at or before it.
+    o_e = tl.arange(0, totals.shape[0])
+    ended = (o_e < num_experts) & (ends < first_tile + TILES)
+    experts = tl.cumsum(tl.histogram(tl.maximum(ends - first_tile, 0), TILES, mask=ended), 0)
+    used = experts < num_experts
+    shift = offsets - (ends - tiles) * ROWS
+    o_t = first_tile + tl.arange(0, TILES)
+    rows = o_t * ROWS + tl.gather(shift, tl.where(used, experts, 0), 0)
+    tl.store(tiles_ptr + o_t, tl.where(used, experts, -1), mask=o_t < num_tiles)
+    tl.store(tiles_ptr + num_tiles + o_t, tl.where(used, rows, 0), mask=o_t < num_tiles)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_chunks"], do_not_specialize_on_alignment=["indices_ptr"])
+@triton.jit(do_not_specialize=["num_slots", "num_blocks", "num_tiles"], do_not_specialize_on_alignment=["indices_ptr"])
 def scatter_kernel(
     indices_ptr,
     counts_ptr,
+    totals_ptr,
     offsets_ptr,
     slots_ptr,
     positions_ptr,
+    tiles_ptr,
     num_slots,
-    num_chunks,
+    num_blocks,
+    num_tiles,
     num_experts,
-    CHUNK: tl.constexpr,
-    STEP: tl.constexpr,
+    LOG_BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    first = chunk * CHUNK
-    i = tl.arange(0, CHUNK)
-    ids = _ids(indices_ptr, first + i, num_slots, num_experts)
-    rank = tl.zeros((CHUNK,), tl.int32)
-    for step in range(0, CHUNK, STEP):
-        j = step + tl.arange(0, STEP)
-        others = _ids(indices_ptr, first + j, num_slots, num_experts)
-        earlier = (others[None, :] == ids[:, None]) & (j[None, :] < i[:, None])
-        rank += tl.sum(earlier.to(tl.int32), axis=1)
-    before = tl.load(counts_ptr + ids.to(tl.int64) * num_chunks + chunk)
-    position = tl.load(offsets_ptr + ids) + before + rank
-    inside = first + i < num_slots
-    tl.store(slots_ptr + position, first + i, mask=inside)
-    tl.store(positions_ptr + first + i, tl.where(ids == num_experts, -1, position), mask=inside)
+    BLOCK: tl.constexpr = 1 << LOG_BLOCK
+    block = tl.program_id(0)
+    o_e = tl.arange(0, BINS)
+    totals = tl.load(totals_ptr + o_e, mask=o_e < num_experts, other=0)
+
+    if block < num_blocks:
+        first = block.to(tl.int64) * BLOCK
+        i = tl.arange(0, BLOCK)
+        ids = _load_ids(indices_ptr, first + i, num_slots, num_experts)
+        inside = o_e < num_experts
+        p_counts = counts_ptr + o_e.to(tl.int64) * num_blocks + block
+        until = tl.load(p_counts, mask=inside, other=0)
+        before = tl.load(p_counts - 1, mask=inside & (block > 0), other=0)
+        # What comes between a slot's place in the sorted block and its row is all in other blocks: the slots of the
+        # experts below its own and the earlier ones of its own; for a dropped slot every kept one, the earlier dropped.
+        others = totals - until + before
+        shift = tl.cumsum(others, 0) - others + before
+        shift_dropped = tl.sum(totals - until, 0) + first.to(tl.int32)
+
+        keys = _sort(ids * BLOCK + i, LOG_BLOCK)  # at most 4097 * BLOCK
+        ids, slots = keys // BLOCK, first + keys % BLOCK
+        kept = ids < num_experts
+        rows = i + tl.where(kept, tl.gather(shift, tl.where(kept, ids, 0), 0), shift_dropped)
+        tl.store(slots_ptr + rows, slots, mask=slots < num_slots)
+        tl.store(positions_ptr + slots, tl.where(kept, rows, -1), mask=slots < num_slots)
+    else:
+        ends = tl.cumsum(totals, 0)
+        first_tile = (block - num_blocks) * TILES
+        if first_tile == 0:
+            tl.store(offsets_ptr, 0)
+            tl.store(offsets_ptr + 1 + o_e, ends, mask=o_e < num_experts)
+        _write_tiles(tiles_ptr, first_tile, num_tiles, totals, ends - totals, num_experts, TILES, TILE_ROWS)
 
 
 def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
@@ -124,23 +170,23 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
     if num_slots == 0:
         return offsets_E1.zero_(), slots_R, positions_TK, tiles_2M
 
-    num_chunks = cdiv(num_slots, _CHUNK)
-    counts, totals = empty(num_experts + 1, num_chunks), empty(num_experts + 1)
-    bins = max(32, triton.next_power_of_2(num_experts + 1))
+    num_blocks = cdiv(num_slots, _BLOCK)
+    counts, totals = empty(num_experts, num_blocks), empty(num_experts)
+    bins = max(32, triton.next_power_of_2(num_experts))
     launch(
         device,
         Launch(
             count_kernel,
-            (num_chunks,),
+            (num_blocks,),
             {
                 "indices_ptr": indices_TK,
                 "counts_ptr": counts,
                 "num_slots": num_slots,
-                "num_chunks": num_chunks,
+                "num_blocks": num_blocks,
                 "num_experts": num_experts,
             },
-            {"CHUNK": _CHUNK, "BINS": bins},
-            4,
+            {"BLOCK": _BLOCK, "BINS": bins},
+            _WARPS,
             1,
         ),
     )
@@ -148,27 +194,10 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
         device,
         Launch(
             scan_kernel,
-            (num_experts + 1,),
-            {"counts_ptr": counts, "totals_ptr": totals, "num_chunks": num_chunks},
+            (num_experts,),
+            {"counts_ptr": counts, "totals_ptr": totals, "num_blocks": num_blocks},
             {"SCAN": _SCAN},
-            4,
-            1,
-        ),
-    )
-    launch(
-        device,
-        Launch(
-            layout_kernel,
-            (num_experts + 1,),
-            {
-                "totals_ptr": totals,
-                "offsets_ptr": offsets_E1,
-                "tiles_ptr": tiles_2M,
-                "num_tiles": num_tiles,
-                "num_experts": num_experts,
-            },
-            {"TILE_ROWS": block_m, "BINS": bins, "STEP": 128},
-            4,
+            _WARPS,
             1,
         ),
     )
@@ -176,19 +205,22 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
         device,
         Launch(
             scatter_kernel,
-            (num_chunks,),
+            (num_blocks + cdiv(num_tiles, _TILES),),
             {
                 "indices_ptr": indices_TK,
                 "counts_ptr": counts,
+                "totals_ptr": totals,
                 "offsets_ptr": offsets_E1,
                 "slots_ptr": slots_R,
                 "positions_ptr": positions_TK,
+                "tiles_ptr": tiles_2M,
                 "num_slots": num_slots,
-                "num_chunks": num_chunks,
+                "num_blocks": num_blocks,
+                "num_tiles": num_tiles,
                 "num_experts": num_experts,
             },
-            {"CHUNK": _CHUNK, "STEP": 32},
-            4,
+            {"LOG_BLOCK": _BLOCK.bit_length() - 1, "BINS": bins, "TILES": _TILES, "TILE_ROWS": block_m},
+            _WARPS,
             1,
         ),
     )
