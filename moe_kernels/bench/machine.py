@@ -5,13 +5,16 @@ import importlib
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SOURCES = {".py", ".cu", ".cuh", ".h", ".cpp"}
+#: Beside ``moe_kernels/``, in a checkout: the kernels and how they are compiled.
+_COUNTED = ("csrc", "CMakeLists.txt", "setup.py")
+#: Of ``moe_kernels/``, what no figure depends on: the reference backend and the command line.
+_UNTIMED = {"reference", "cli"}
 _COMMENTS = (b"#:", b"# ", b"//")
-#: What is never timed: the reference backend, the command line, the clocks themselves.
-_UNTIMED = {"reference", "cli", "bench"}
 
 
 def machine() -> dict:
@@ -20,21 +23,33 @@ def machine() -> dict:
 
 
 def content_hash() -> str:
-    """Hash of the kernels' sources and of the code around them: a result with another hash was measured on other code.
+    """Hash of all that a figure depends on: the kernels, the code around them, how they are compiled and measured.
 
-    Counts ``moe_kernels/`` and, in a checkout, ``csrc/``; not lines that are blank or only a comment. A git revision
-    can't serve: it isn't known before the commit that holds the result.
+    A result with another hash was measured on other code. Counts ``moe_kernels/`` and, in a checkout, ``csrc/``,
+    ``CMakeLists.txt`` and ``setup.py``; not lines that are blank or only a comment. A git revision can't serve: it
+    isn't known before the commit that holds the result.
     """
     digest = hashlib.sha256()
     root = _PACKAGE.parent
-    for path in sorted(p for folder in (_PACKAGE, root / "csrc") for p in folder.rglob("*")):
+    for path in sorted(_counted(root)):
         name = path.relative_to(root)
-        if path.suffix not in _SOURCES or not path.is_file() or _UNTIMED & set(name.parts):
-            continue
         digest.update(name.as_posix().encode() + b"\0")
         lines = (line.rstrip() for line in path.read_bytes().splitlines())
-        digest.update(b"\n".join(line for line in lines if line and not line.lstrip().startswith(_COMMENTS)) + b"\0")
+        digest.update(b"\n".join(line for line in lines if line and not _is_comment(line.lstrip())) + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _counted(root: Path) -> Iterator[Path]:
+    for top in (_PACKAGE, *(root / name for name in _COUNTED)):
+        if top.is_file():
+            yield top
+        for path in top.rglob("*"):
+            if path.suffix in _SOURCES and path.is_file() and not _UNTIMED & set(path.relative_to(root).parts):
+                yield path
+
+
+def _is_comment(line: bytes) -> bool:
+    return line == b"#" or line.startswith(_COMMENTS)
 
 
 def versions() -> dict[str, str | None]:

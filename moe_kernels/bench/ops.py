@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels import backends, use_backend
 from moe_kernels.bench import ceilings
@@ -19,6 +20,7 @@ from moe_kernels.bench.measure import cold_copies, graph_us, median_ms, medians_
 from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import Shape, routing
 from moe_kernels.functional import RoutingPlan, routing_plan
+from moe_kernels.ops import _library
 
 FILE = "ops.json"
 BACKENDS = ("triton", "cuda")
@@ -149,6 +151,7 @@ def run(session: Session, shape: Shape, name: str, backend: str) -> tuple[Callab
     if op.moved is not None:
         row["tb_per_s"] = op.moved(shape) / row["gpu_us"] / 1e6
         row["of_copy"] = row["tb_per_s"] * 1e12 / session.bytes_per_second
+    row["default_backend"] = default_backend(op, inputs)
     scratch = kept(op, inputs)
 
     def call() -> None:
@@ -156,6 +159,27 @@ def run(session: Session, shape: Shape, name: str, backend: str) -> tuple[Callab
             op.run(scratch)
 
     return waiting(call), session.record(FILE, f"op/{name}/{shape.name}/{backend}", row)
+
+
+def default_backend(op: Op, inputs: Inputs) -> str:
+    """The backend that runs the op here when none is forced."""
+    with use_backend(None), _Choices() as choices:
+        op.run(kept(op, inputs))
+    (backend,) = choices.backends
+    return backend
+
+
+class _Choices(TorchDispatchMode):
+    """Notes what runs each of our ops that is called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.backends: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == _library.NAMESPACE:
+            self.backends.append(_library.choice(function._schema.name.partition("::")[2], *args).backend)
+        return function(*args, **(kwargs or {}))
 
 
 def _product(op: Op, inputs: Inputs, shape: Shape, device: str) -> dict[str, float]:

@@ -1,18 +1,22 @@
 """Third-party MoE experts in the block of Qwen3, measured in a process that can be killed.
 
-    python -m moe_kernels.bench.peers --peer sonicmoe --shape qwen3-30b --cap 120
+    python -m moe_kernels.bench.peers --peer sonicmoe --shape qwen3-30b --cap 240
 
 Peers tune themselves during their first call, some of them for many minutes, and that can't be interrupted from within.
 So a peer runs in a process of its own, which says where it is; one that stays too long is killed and its rows say so.
 
 liger: what LigerExperts of liger-kernel calls (Triton, tuned anew in every process).
-sonicmoe: SonicMoE's functional for a given routing (CuTe DSL; keeps what it compiled and tuned under QUACK_CACHE_DIR).
+sonicmoe: SonicMoE's functional for a given routing (CuTe DSL). It compiles 20 to 80 configurations of a product, 2.5 s
+each, in QUACK_COMPILE_WORKERS processes (1 means in none but its own, which takes minutes more) and keeps them on disk;
+with QUACK_CACHE_AUTOTUNING=1 its choice too. ``environment`` sets both where the user has not; QUACK_CACHE_DIR says
+where, and a second run with the same directory begins where the first was stopped.
 sonic-moe 0.1.2.post1 declares torch <= 2.9.1, so it is installed without its dependencies, beside quack-kernels 0.3.11,
 nvidia-cutlass-dsl and nvidia-cutlass-dsl-libs-base 4.4.2, apache-tvm-ffi and torch-c-dlpack-ext, with
 nvidia_cutlass_dsl/python_packages on PYTHONPATH.
 """
 
 import argparse
+import collections
 import contextlib
 import importlib.util
 import json
@@ -24,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,7 +94,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     "liger": Peer(_liger, ("liger_kernel", "triton"), (8, 9, 10, 12), 150),
-    "sonicmoe": Peer(_sonicmoe, ("sonicmoe", "quack", "cutlass", "tvm_ffi"), (9, 10), 120),
+    "sonicmoe": Peer(_sonicmoe, ("sonicmoe", "quack", "cutlass", "tvm_ffi"), (9, 10), 240),
 }
 
 
@@ -155,8 +159,15 @@ def measure_peer(name: str, shape: Shape, cap_s: float | None = None) -> dict:
         return {"reason": reason}
     command = [sys.executable, "-m", "moe_kernels.bench.peers", "--here", f"--peer={name}", f"--shape={shape.name}"]
     limits = _LIMITS_S | {_FIRST_CALL: peer.cap_s if cap_s is None else cap_s}
-    workers = {"QUACK_COMPILE_WORKERS": str(min(16, os.cpu_count() or 1))}  # SonicMoE's, while it tunes
-    return watch(command, limits, "start", workers | os.environ)
+    return watch(command, limits, "start", environment())
+
+
+def environment() -> dict[str, str]:
+    """This process's, and what SonicMoE should find where the user has not set it."""
+    # One turns its compilation ahead off. More are started one after the other, anew for each product: with 14 on 16
+    # cores 90 s went by until the last was ready (6.4 s each), and 8 s for the 22 configurations.
+    workers = max(2, min((os.cpu_count() or 1) - 2, 4))
+    return {"QUACK_COMPILE_WORKERS": str(workers), "QUACK_CACHE_AUTOTUNING": "1"} | os.environ
 
 
 def watch(command: Sequence[str], limits: Mapping[str, float], stage: str, environment: Mapping[str, str]) -> dict:
@@ -168,33 +179,46 @@ def watch(command: Sequence[str], limits: Mapping[str, float], stage: str, envir
         stage: the one it starts in.
         environment: of the command.
     """
+    printed: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT, start_new_session=True
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-        result, deadline = None, time.monotonic() + limits[stage]
+        result, reason, deadline = None, None, time.monotonic() + limits[stage]
         try:
             while (line := lines.get(timeout=max(0, deadline - time.monotonic()))) is not None:
-                _, mark, text = line.partition(_MARK)
+                before, mark, text = line.partition(_MARK)
                 message = json.loads(text) if mark else {}
                 if "stage" in message:
                     stage = message["stage"]
                     deadline = time.monotonic() + limits[stage]
                 elif mark:
                     result = message
+                if before.strip():
+                    printed.append(before)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
         except queue.Empty:
-            return {"reason": f"{stage} not finished in {limits[stage]:g} s"}
+            result, reason = None, f"{stage} not finished in {limits[stage]:g} s"
         finally:
             with contextlib.suppress(ProcessLookupError):  # its workers may outlive it
                 os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
         errors.seek(0)
-        said = [line.strip() for line in errors if line.strip()]
-        return result or {"reason": f"{stage} failed: {said[-1] if said else f'exit status {code}'}"}
+        reason = reason or f"{stage} failed with exit status {code}"
+        return result or {"reason": reason + _said("stderr", errors) + _said("stdout", printed)}
+
+
+#: How much of what a peer printed its reason quotes.
+_LAST_LINES, _LINE_LENGTH = 3, 200
+
+
+def _said(stream: str, lines: Iterable[str]) -> str:
+    """The last lines of a stream, to follow a reason."""
+    last = collections.deque(filter(None, map(str.strip, lines)), maxlen=_LAST_LINES)
+    return f"; {stream}: {' | '.join(line[:_LINE_LENGTH] for line in last)}" if last else ""
 
 
 def _read(stream, lines: queue.Queue) -> None:

@@ -148,9 +148,36 @@ def test_a_silent_child_is_in_its_first_stage():
 
 
 def test_a_child_that_fails_says_why():
-    code = "say('{\"stage\": \"first call\"}'); raise RuntimeError('no such kernel')"
-    assert watched(code) == {"reason": "first call failed: RuntimeError: no such kernel"}
+    code = "say('{\"stage\": \"first call\"}'); print('tuning'); print('1 of 80'); raise RuntimeError('no such kernel')"
+    reason = watched(code)["reason"]
+    assert reason.startswith("first call failed with exit status 1; stderr: Traceback")
+    assert reason.endswith("RuntimeError: no such kernel; stdout: tuning | 1 of 80")
 
 
 def test_a_child_that_fails_without_a_word():
-    assert watched("sys.exit(3)") == {"reason": "start failed: exit status 3"}
+    assert watched("sys.exit(3)") == {"reason": "start failed with exit status 3"}
+
+
+def test_a_reason_quotes_the_last_lines_only():
+    code = "[print(i, file=sys.stderr) for i in range(9)]; print('x' * 999, end='', flush=True); time.sleep(60)"
+    reason = watched(code, start=1)["reason"]
+    assert reason == "start not finished in 1 s; stderr: 6 | 7 | 8"
+    code = "print('x' * 999); sys.exit(3)"
+    assert watched(code)["reason"] == f"start failed with exit status 3; stdout: {'x' * 200}"
+
+
+@pytest.mark.parametrize("cores, workers", [(None, "2"), (2, "2"), (5, "3"), (16, "4"), (128, "4")])
+def test_a_peer_compiles_ahead_and_keeps_its_choice(monkeypatch, cores, workers):
+    for name in ("QUACK_COMPILE_WORKERS", "QUACK_CACHE_AUTOTUNING"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    found = peers.environment()
+    assert (found["QUACK_COMPILE_WORKERS"], found["QUACK_CACHE_AUTOTUNING"]) == (workers, "1")
+    assert found["PATH"] == os.environ["PATH"]
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    monkeypatch.setenv("QUACK_COMPILE_WORKERS", "1")
+    monkeypatch.setenv("QUACK_CACHE_AUTOTUNING", "0")
+    found = peers.environment()
+    assert (found["QUACK_COMPILE_WORKERS"], found["QUACK_CACHE_AUTOTUNING"]) == ("1", "0")

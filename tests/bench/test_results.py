@@ -61,3 +61,44 @@ def test_rounding_keeps_five_digits(value, kept):
 
 def test_the_machine_line_says_what_code_was_measured():
     assert machine()["content_hash"] == content_hash() and len(content_hash()) == 16
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout of one line a file."""
+    counted = ("moe_kernels/ops/a.py", "moe_kernels/bench/measure.py", "csrc/sm90/a.cuh", "CMakeLists.txt", "setup.py")
+    other = ("moe_kernels/cli/bench.py", "moe_kernels/backends/reference/a.py", "csrc/README.md", "tests/a.py", "x.py")
+    for name in (*counted, *other):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("line\n")
+    monkeypatch.setattr("moe_kernels.bench.machine._PACKAGE", tmp_path / "moe_kernels")
+    return tmp_path, counted, other
+
+
+def test_the_content_hash_counts_what_changes_a_figure(checkout):
+    root, counted, other = checkout
+    hashes = [content_hash()]
+    for name in other:
+        (root / name).write_text("another line\n")
+    assert content_hash() == hashes[0]
+    for name in counted:
+        (root / name).write_text("another line\n")
+        hashes.append(content_hash())
+    (root / "csrc/sm90/b.cuh").write_text("")
+    hashes.append(content_hash())
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("moe_kernels/ops/a.py", "# why\n\n    #: which\nline  \n"),
+        ("csrc/sm90/a.cuh", "// why\nline\n\n"),
+        ("CMakeLists.txt", "# why\n#\n\nline\n"),
+    ],
+)
+def test_the_content_hash_ignores_comments_and_blanks(checkout, name, text):
+    before = content_hash()
+    (checkout[0] / name).write_text(text)
+    assert content_hash() == before
