@@ -1,4 +1,4 @@
-// The nonlinearity of a gated layer and its derivative, in float.
+// The nonlinearities between the expert products, and the derivative where a kernel needs it, in float.
 #pragma once
 
 namespace moe_kernels {
@@ -13,6 +13,16 @@ __device__ __forceinline__ void silu_and_derivative(float g, float& f, float& df
     const float sigma = sigmoid(g);
     f = g * sigma;
     df = sigma + f * (1.0f - sigma);
+}
+
+__device__ __forceinline__ float gelu(float g) { return 0.5f * g * (1.0f + erff(g * 0.70710678f)); }
+
+// 0.5 * (1 + tanh(z)) = sigmoid(2 z)
+__device__ __forceinline__ float gelu_tanh(float g) { return g * sigmoid(1.59576912f * (g + 0.044715f * g * g * g)); }
+
+__device__ __forceinline__ float relu_squared(float g) {
+    const float positive = fmaxf(g, 0.0f);
+    return positive * positive;
 }
 
 }  // namespace moe_kernels

@@ -9,12 +9,14 @@
 
 #include "combine.h"
 #include "d_activation.h"
+#include "decode_experts.h"
 #include "dtype.h"
 #include "gate_up.h"
 #include "grouped_gemm.h"
 #include "grouped_wgrad.h"
 #include "plan.h"
 #include "routing_plan.h"
+#include "tile.h"
 #include "weights.h"
 
 namespace py = pybind11;
@@ -78,68 +80,113 @@ void bind_combine(py::module_& m) {
         "residual"_a, "residual_stride"_a, "tokens"_a, "top_k"_a, "width"_a, "dtype"_a, "stream"_a);
 }
 
+void bind_weights(py::module_& m) {
+    py::class_<Weights>(m, "Weights")
+        .def(py::init([](uintptr_t data, int64_t rows, int64_t columns, int64_t row_stride, int64_t expert_stride) {
+                 return Weights{pointer<const void>(data), rows, columns, row_stride, expert_stride};
+             }),
+             py::kw_only(), "data"_a, "rows"_a, "columns"_a, "row_stride"_a, "expert_stride"_a);
+}
+
+void bind_decode_experts(py::module_& m) {
+    py::dict activations;
+    activations["swiglu"] = static_cast<int>(Activation::kSwiGLU);
+    activations["geglu"] = static_cast<int>(Activation::kGeGLU);
+    activations["geglu_tanh"] = static_cast<int>(Activation::kGeGLUTanh);
+    activations["silu"] = static_cast<int>(Activation::kSiLU);
+    activations["gelu"] = static_cast<int>(Activation::kGELU);
+    activations["gelu_tanh"] = static_cast<int>(Activation::kGELUTanh);
+    activations["relu2"] = static_cast<int>(Activation::kReLU2);
+    m.attr("ACTIVATIONS") = activations;
+    m.def(
+        "decode_experts",
+        [](uintptr_t out, uintptr_t a, uintptr_t y, uintptr_t x, uintptr_t indices, int index_bytes,
+           uintptr_t routing_weights, int routing_weights_dtype, const Weights& gate_up, uintptr_t bias_gate_up,
+           const Weights& down, uintptr_t bias_down, int tokens, int top_k, int num_experts, int activation, int dtype,
+           int num_sms, uintptr_t stream) {
+            DecodeArguments d{};
+            d.out = pointer<void>(out);
+            d.a = pointer<void>(a);
+            d.y = pointer<void>(y);
+            d.x = pointer<const void>(x);
+            d.indices = pointer<const void>(indices);
+            d.routing_weights = pointer<const void>(routing_weights);
+            d.gate_up = gate_up;
+            d.down = down;
+            d.bias_gate_up = pointer<const void>(bias_gate_up);
+            d.bias_down = pointer<const void>(bias_down);
+            d.tokens = tokens;
+            d.top_k = top_k;
+            d.num_experts = num_experts;
+            d.hidden = static_cast<int>(gate_up.columns);
+            d.inner = static_cast<int>(down.columns);
+            d.index_bytes = index_bytes;
+            d.dtype = static_cast<DType>(dtype);
+            d.routing_weights_dtype = static_cast<DType>(routing_weights_dtype);
+            d.activation = static_cast<Activation>(activation);
+            decode_experts(d, num_sms, stream_of(stream));
+        },
+        py::kw_only(), "out"_a, "a"_a, "y"_a, "x"_a, "indices"_a, "index_bytes"_a, "routing_weights"_a,
+        "routing_weights_dtype"_a, "gate_up"_a, "bias_gate_up"_a, "down"_a, "bias_down"_a, "tokens"_a, "top_k"_a,
+        "num_experts"_a, "activation"_a, "dtype"_a, "num_sms"_a, "stream"_a);
+}
+
 // What the products over an expert's rows know of the routing.
 Plan plan_of(uintptr_t offsets, uintptr_t slots, uintptr_t tiles, int num_tiles, int num_experts, int num_rows,
-             int top_k, uintptr_t counter) {
+             int top_k) {
     return {pointer<const int>(offsets),
             pointer<const int>(slots),
             pointer<const int>(tiles),
             num_tiles,
             num_experts,
             num_rows,
-            top_k,
-            pointer<int>(counter)};
+            top_k};
 }
 
 #ifdef MOE_KERNELS_SM90
 void bind_sm90(py::module_& m) {
     py::class_<Plan>(m, "Plan").def(py::init(&plan_of), py::kw_only(), "offsets"_a, "slots"_a, "tiles"_a, "num_tiles"_a,
-                                    "num_experts"_a, "num_rows"_a, "top_k"_a, "counter"_a);
-    py::class_<Weights>(m, "Weights")
-        .def(py::init([](uintptr_t data, int64_t rows, int64_t columns, int64_t row_stride, int64_t expert_stride) {
-                 return Weights{pointer<const void>(data), rows, columns, row_stride, expert_stride};
-             }),
-             py::kw_only(), "data"_a, "rows"_a, "columns"_a, "row_stride"_a, "expert_stride"_a);
+                                    "num_experts"_a, "num_rows"_a, "top_k"_a);
     m.def(
         "grouped_gemm",
         [](uintptr_t y, uintptr_t a, int64_t a_stride, const Weights& w, bool across, int64_t width, int64_t reduced,
-           const Plan& plan, int num_sms, uintptr_t stream) {
-            grouped_gemm({pointer<void>(y), pointer<const void>(a), a_stride, w, across, width, reduced}, plan, num_sms,
-                         stream_of(stream));
+           const Plan& plan, int num_sms, uintptr_t counter, uintptr_t stream) {
+            grouped_gemm({pointer<void>(y), pointer<const void>(a), a_stride, w, across, width, reduced}, plan,
+                         {num_sms, pointer<int>(counter), stream_of(stream)});
         },
         py::kw_only(), "y"_a, "a"_a, "a_stride"_a, "w"_a, "across"_a, "width"_a, "reduced"_a, "plan"_a, "num_sms"_a,
-        "stream"_a);
+        "counter"_a, "stream"_a);
     m.def(
         "gate_up",
         [](uintptr_t h, uintptr_t a, uintptr_t x, int64_t x_stride, const Weights& w, int64_t inner, int64_t reduced,
-           const Plan& plan, int num_sms, uintptr_t stream) {
+           const Plan& plan, int num_sms, uintptr_t counter, uintptr_t stream) {
             gate_up({pointer<void>(h), pointer<void>(a), pointer<const void>(x), x_stride, w, inner, reduced}, plan,
-                    num_sms, stream_of(stream));
+                    {num_sms, pointer<int>(counter), stream_of(stream)});
         },
         py::kw_only(), "h"_a, "a"_a, "x"_a, "x_stride"_a, "w"_a, "inner"_a, "reduced"_a, "plan"_a, "num_sms"_a,
-        "stream"_a);
+        "counter"_a, "stream"_a);
     m.def(
         "d_activation",
         [](uintptr_t dh, uintptr_t a, uintptr_t partial, uintptr_t h, uintptr_t d_out, int64_t d_out_stride,
            const Weights& w, uintptr_t weights, int weights_dtype, int64_t inner, int64_t reduced, const Plan& plan,
-           int num_sms, uintptr_t stream) {
+           int num_sms, uintptr_t counter, uintptr_t stream) {
             d_activation({pointer<void>(dh), pointer<void>(a), pointer<float>(partial), pointer<const void>(h),
                           pointer<const void>(d_out), d_out_stride, w, pointer<const void>(weights),
                           static_cast<DType>(weights_dtype), inner, reduced},
-                         plan, num_sms, stream_of(stream));
+                         plan, {num_sms, pointer<int>(counter), stream_of(stream)});
         },
         py::kw_only(), "dh"_a, "a"_a, "partial"_a, "h"_a, "d_out"_a, "d_out_stride"_a, "w"_a, "weights"_a,
-        "weights_dtype"_a, "inner"_a, "reduced"_a, "plan"_a, "num_sms"_a, "stream"_a);
+        "weights_dtype"_a, "inner"_a, "reduced"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
     m.def(
         "grouped_wgrad",
         [](uintptr_t dw, int dw_dtype, uintptr_t lhs, int64_t lhs_stride, uintptr_t rhs, int64_t rhs_stride, int64_t m,
-           int64_t n, bool gather_lhs, const Plan& plan, int num_sms, uintptr_t stream) {
+           int64_t n, bool gather_lhs, const Plan& plan, int num_sms, uintptr_t counter, uintptr_t stream) {
             grouped_wgrad({pointer<void>(dw), static_cast<DType>(dw_dtype), pointer<const void>(lhs),
                            pointer<const void>(rhs), lhs_stride, rhs_stride, m, n, gather_lhs},
-                          plan, num_sms, stream_of(stream));
+                          plan, {num_sms, pointer<int>(counter), stream_of(stream)});
         },
         py::kw_only(), "dw"_a, "dw_dtype"_a, "lhs"_a, "lhs_stride"_a, "rhs"_a, "rhs_stride"_a, "m"_a, "n"_a,
-        "gather_lhs"_a, "plan"_a, "num_sms"_a, "stream"_a);
+        "gather_lhs"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
 }
 #endif
 
@@ -160,8 +207,11 @@ PYBIND11_MODULE(_C, m) {
           "CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver.");
     bind_routing_plan(m);
     bind_combine(m);
+    bind_weights(m);
+    bind_decode_experts(m);
 #ifdef MOE_KERNELS_SM90
     m.attr("sm90") = true;
+    m.attr("TILE_N") = kTileN;
     bind_sm90(m);
 #else
     m.attr("sm90") = false;

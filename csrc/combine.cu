@@ -112,26 +112,23 @@ void launch_top_k(const CombineArguments& a, cudaStream_t stream) {
     }
 }
 
-void require_aligned(const char* name, const void* pointer, int64_t stride, int64_t rows, int element_bytes) {
-    const bool aligned = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-    require(aligned && (rows <= 1 || stride * element_bytes % 16 == 0),
-            std::string(name) + " must have rows that start at multiples of 16 bytes");
-}
-
 }  // namespace
 
 void combine(const CombineArguments& a, cudaStream_t stream) {
     if (a.tokens == 0 || a.width == 0) return;
-    require(a.width % 8 == 0, "width must be a multiple of 8, got " + std::to_string(a.width));
+    const Needs needs{"combine"};
     const int element_bytes = a.dtype == DType::kFloat32 ? 4 : 2;
-    require_aligned("out", a.out, a.out_stride, a.tokens, element_bytes);
-    require_aligned("y", a.y, a.y_stride, a.tokens * a.top_k, element_bytes);
-    require_aligned("residual", a.residual, a.residual_stride, a.tokens, element_bytes);
+    needs.multiple("width", a.width, 8);
+    require(a.top_k >= 0, "combine: top_k must not be negative, got ", a.top_k);
+    needs.rows("out", a.out, a.out_stride, a.tokens, element_bytes);
+    needs.rows("y", a.y, a.y_stride, a.tokens * a.top_k, element_bytes);
+    if (a.residual != nullptr) needs.rows("residual", a.residual, a.residual_stride, a.tokens, element_bytes);
+    if (a.top_k > 0) needs.present("positions", a.positions);
     switch (a.dtype) {
         case DType::kFloat32: return launch_top_k<float>(a, stream);
         case DType::kBFloat16: return launch_top_k<__nv_bfloat16>(a, stream);
         case DType::kFloat16: return launch_top_k<__half>(a, stream);
-        default: require(false, "dtype must be float32, bfloat16 or float16");
+        default: require(false, "combine: dtype must be float32, bfloat16 or float16");
     }
 }
 

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "require.h"
+
 namespace moe_kernels {
 
 constexpr int kWarpSize = 32;
@@ -23,10 +25,6 @@ inline void check(cudaError_t error, const char* what) {
 
 // A launch reports a bad configuration through the last error only.
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
-
-inline void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,5 +1,5 @@
 // d_activation: dA' = dO[token(r)] . W_down[e], and in the epilogue A' = s A, dS = <dA', A>, dH = s dA' act'(H); see
-// varlen_m.cuh for the kernel.
+// sm90/varlen_m.cuh for the kernel.
 //
 //     dO [T, D] · W_down [E, D, I], with H [R, 2I], s [T, K] -> dH [R, 2I] (may be H's memory), A' [R, I], dS [T, K]
 //
@@ -19,7 +19,7 @@ namespace {
 constexpr int kChunks = kTileN / 64;
 
 template <typename T>
-struct DActivation {
+struct DActivation : EpilogueDefaults {
     static constexpr const char* kName = "d_activation";
     static constexpr int kPartBytes = kTileM * kRowBytes;  // of gate, up and A' in a stage: 64 columns of all rows
     static constexpr int kSteps = kChunks, kStepBytes = 2 * kPartBytes;
@@ -43,13 +43,6 @@ struct DActivation {
     __device__ __forceinline__ DActivation(const Arguments& arguments, const VarlenM& params, unsigned char*, int c,
                                            int t)
         : args(arguments), p(params), consumer(c), thread(t), lane(t % kWarpSize), row(t / kWarpSize * 16) {}
-
-    template <bool kAcross>
-    static __device__ __forceinline__ void load_weights(const Arguments&, const CUtensorMap& w, unsigned char* to,
-                                                        uint64_t* barrier, const Tile& tile, int k, int half,
-                                                        uint16_t blocks) {
-        load_weight_half<kAcross>(w, to, barrier, tile, k, half, blocks);
-    }
 
     static __device__ __forceinline__ void load_step(const Arguments& args, unsigned char* to, uint64_t* barrier,
                                                      const Tile& tile, int c) {
@@ -164,8 +157,22 @@ struct DActivation {
 
 }  // namespace
 
-void d_activation(const DActivationArguments& a, const Plan& plan, int num_sms, cudaStream_t stream) {
+void d_activation(const DActivationArguments& a, const Plan& plan, const Launch& launch) {
     using T = __nv_bfloat16;
+    const Needs needs{DActivation<T>::kName};
+    require_rows_plan(needs, plan);
+    needs.present("slots", plan.slots);
+    needs.multiple("inner", a.inner, 8);
+    needs.multiple("reduced", a.reduced, kTileK);  // gathered without a mask
+    needs.rows("d_out", a.d_out, a.d_out_stride, plan.num_rows / plan.top_k, sizeof(T));
+    needs.weights(a.w, plan.num_experts, a.reduced, a.inner);
+    needs.aligned("h", a.h);
+    needs.aligned("dh", a.dh);
+    needs.aligned("a", a.a);
+    needs.present("partial", a.partial);
+    needs.present("weights", a.weights);
+    require(a.weights_dtype != DType::kNone, needs.op, ": weights_dtype must be float32, bfloat16 or float16");
+
     VarlenM p = varlen_m(plan, a.inner, kTileN, a.reduced);
     p.rows = a.d_out;
     p.row_stride = a.d_out_stride;
@@ -179,7 +186,7 @@ void d_activation(const DActivationArguments& a, const Plan& plan, int num_sms, 
                                          a.weights,
                                          a.weights_dtype,
                                          static_cast<int>(a.inner)};
-    launch_varlen_m<T, true, true, 4, DActivation<T>>(p, args, num_sms, stream);
+    launch_varlen_m<T, true, true, 4, DActivation<T>>(p, args, launch);
 }
 
 }  // namespace moe_kernels

@@ -15,11 +15,9 @@ namespace {
 constexpr int kPart = kTileN / 2;  // columns of A in a tile
 
 template <typename T>
-struct GateUp {
+struct GateUp : EpilogueDefaults {
     static constexpr const char* kName = "gate_up";
-    static constexpr int kBuffers = 2;
-    static constexpr int kStagingBytes = kConsumers * kBuffers * kChunkBytes;
-    static constexpr int kSteps = 0, kStepBytes = 0;
+    static constexpr int kStagingBytes = kBuffersBytes;
 
     struct Arguments {
         CUtensorMap h, a;  // [R, 2, I], [R, 1, I]
@@ -43,21 +41,14 @@ struct GateUp {
         load_weight_box(w, to + half * kPart * kRowBytes, barrier, k, n, tile.expert, blocks);
     }
 
-    __device__ __forceinline__ void begin(int, int) {}
-    __device__ __forceinline__ void look_ahead() {}
-    static __device__ __forceinline__ void load_step(const Arguments&, unsigned char*, uint64_t*, const Tile&, int) {}
-
     __device__ __forceinline__ void send(const RowsOut& out, const float* values, int first, int rows, int part,
                                          int n) {
         unsigned char* chunk = staging + buffer * kChunkBytes;
         buffer ^= 1;
-        if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
-        warpgroup_sync(consumer);
-        write_chunk<T>(ptx::shared_address(chunk), thread / kWarpSize * 16, thread % kWarpSize, values);
-        ptx::fence_async_proxy();
-        warpgroup_sync(consumer);
-        send_chunk<T>(out, chunk, thread, first, rows, part, n);
-        if (thread == 0) ptx::bulk_commit();
+        through_staging<kBuffers - 1>(
+            consumer, thread,
+            [&] { write_chunk<T>(ptx::shared_address(chunk), thread / kWarpSize * 16, thread % kWarpSize, values); },
+            [&] { send_chunk<T>(out, chunk, thread, first, rows, part, n); });
     }
 
     template <typename Take, typename Give>
@@ -86,8 +77,19 @@ struct GateUp {
 
 }  // namespace
 
-void gate_up(const GateUpArguments& a, const Plan& plan, int num_sms, cudaStream_t stream) {
+void gate_up(const GateUpArguments& a, const Plan& plan, const Launch& launch) {
     using T = __nv_bfloat16;
+    const Needs needs{GateUp<T>::kName};
+    require_rows_plan(needs, plan);
+    needs.present("slots", plan.slots);
+    needs.multiple("inner", a.inner, 8);
+    needs.multiple("reduced", a.reduced, kTileK);  // gathered without a mask
+    needs.rows("x", a.x, a.x_stride, plan.num_rows / plan.top_k, sizeof(T));
+    needs.weights(a.w, plan.num_experts, 2 * a.inner, a.reduced);
+    require(a.h != nullptr || a.a != nullptr, needs.op, ": h and a must not both be null");
+    if (a.h != nullptr) needs.aligned("h", a.h);
+    if (a.a != nullptr) needs.aligned("a", a.a);
+
     VarlenM p = varlen_m(plan, a.inner, kPart, a.reduced);
     p.rows = a.x;
     p.row_stride = a.x_stride;
@@ -99,7 +101,7 @@ void gate_up(const GateUpArguments& a, const Plan& plan, int num_sms, cudaStream
     args.h_data = a.h;
     args.a_data = a.a;
     args.inner = static_cast<int>(a.inner);
-    launch_varlen_m<T, true, false, 4, GateUp<T>>(p, args, num_sms, stream);
+    launch_varlen_m<T, true, false, 4, GateUp<T>>(p, args, launch);
 }
 
 }  // namespace moe_kernels

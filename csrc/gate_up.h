@@ -1,10 +1,9 @@
 // gate_up on Hopper: see gate_up.cu. Elements are bfloat16, rows 16-byte aligned, widths multiples of 8.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "launch.h"
 #include "plan.h"
 #include "weights.h"
 
@@ -19,6 +18,6 @@ struct GateUpArguments {
     int64_t inner, reduced;  // I, D
 };
 
-void gate_up(const GateUpArguments& arguments, const Plan& plan, int num_sms, cudaStream_t stream);
+void gate_up(const GateUpArguments& arguments, const Plan& plan, const Launch& launch);
 
 }  // namespace moe_kernels

@@ -8,16 +8,13 @@ namespace moe_kernels {
 namespace {
 
 template <typename T>
-struct Store {
+struct Store : EpilogueDefaults {
     static constexpr const char* kName = "grouped_gemm";
-    static constexpr int kBuffers = 2;
-    static constexpr int kStagingBytes = kConsumers * kBuffers * kChunkBytes;
-    static constexpr int kSteps = 0, kStepBytes = 0;
+    static constexpr int kStagingBytes = kBuffersBytes;
 
     struct Arguments {
         CUtensorMap y;  // [R, 1, N]
         void* data;
-        int64_t stride;
         int width;
     };
 
@@ -28,52 +25,44 @@ struct Store {
     __device__ __forceinline__ Store(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
         : args(a), staging(memory + c * kBuffers * kChunkBytes), consumer(c), thread(t) {}
 
-    template <bool kAcross>
-    static __device__ __forceinline__ void load_weights(const Arguments&, const CUtensorMap& w, unsigned char* to,
-                                                        uint64_t* barrier, const Tile& tile, int k, int half,
-                                                        uint16_t blocks) {
-        load_weight_half<kAcross>(w, to, barrier, tile, k, half, blocks);
-    }
-
-    __device__ __forceinline__ void begin(int, int) {}
-    __device__ __forceinline__ void look_ahead() {}
-    static __device__ __forceinline__ void load_step(const Arguments&, unsigned char*, uint64_t*, const Tile&, int) {}
-
     template <typename Take, typename Give>
     __device__ __forceinline__ void finish(const Tile& tile, int first, int rows, float (&acc)[kTileN / 2],
                                            unsigned char*, Take, Give) {
-        const RowsOut out{&args.y, args.data, args.stride, args.width};
+        const RowsOut out{&args.y, args.data, args.width, args.width};
         const int lane = thread % kWarpSize, row = thread / kWarpSize * 16;
 #pragma unroll
         for (int c = 0; c < kTileN / 64; ++c) {
             unsigned char* chunk = staging + c % kBuffers * kChunkBytes;
-            if (thread == 0) ptx::bulk_wait_read<kBuffers - 1>();
-            warpgroup_sync(consumer);
-            write_chunk<T>(ptx::shared_address(chunk), row, lane, acc + 32 * c);
-            ptx::fence_async_proxy();
-            warpgroup_sync(consumer);
             const int n = tile.i_n() * kTileN + 64 * c;
-            if (n < args.width) send_chunk<T>(out, chunk, thread, first, rows, 0, n);
-            if (thread == 0) ptx::bulk_commit();
+            through_staging<kBuffers - 1>(
+                consumer, thread, [&] { write_chunk<T>(ptx::shared_address(chunk), row, lane, acc + 32 * c); },
+                [&] {
+                    if (n < args.width) send_chunk<T>(out, chunk, thread, first, rows, 0, n);
+                });
         }
     }
 };
 
 }  // namespace
 
-void grouped_gemm(const GroupedGemmArguments& a, const Plan& plan, int num_sms, cudaStream_t stream) {
+void grouped_gemm(const GroupedGemmArguments& a, const Plan& plan, const Launch& launch) {
     using T = __nv_bfloat16;
+    const Needs needs{Store<T>::kName};
+    require_rows_plan(needs, plan);
+    needs.multiple("width", a.width, 8);
+    needs.multiple("reduced", a.reduced, 8);
+    needs.aligned("y", a.y);
+    needs.rows("a", a.a, a.a_stride, plan.num_rows, sizeof(T));
+    needs.weights(a.w, plan.num_experts, a.across ? a.reduced : a.width, a.across ? a.width : a.reduced);
+
     VarlenM p = varlen_m(plan, a.width, kTileN, a.reduced);
-    p.a = make_tensor_map(
-        {a.a, static_cast<uint64_t>(a.reduced), static_cast<uint64_t>(plan.num_rows), 1,
-         static_cast<uint64_t>(a.a_stride), static_cast<uint64_t>(a.a_stride * plan.num_rows), kTileM, 1},
-        DType::kBFloat16);
+    p.a = make_tensor_map({a.a, a.reduced, plan.num_rows, 1, a.a_stride, 0, kTileM, 1}, DType::kBFloat16);
     p.w = weights_map(a.w, plan.num_experts, a.across ? kTileK : kHalfN);
-    const Store<T>::Arguments args{rows_map(a.y, plan.num_rows, 1, a.width), a.y, a.width, static_cast<int>(a.width)};
+    const Store<T>::Arguments args{rows_map(a.y, plan.num_rows, 1, a.width), a.y, static_cast<int>(a.width)};
     if (a.across) {
-        launch_varlen_m<T, false, true, 4, Store<T>>(p, args, num_sms, stream);
+        launch_varlen_m<T, false, true, 4, Store<T>>(p, args, launch);
     } else {
-        launch_varlen_m<T, false, false, 4, Store<T>>(p, args, num_sms, stream);
+        launch_varlen_m<T, false, false, 4, Store<T>>(p, args, launch);
     }
 }
 

@@ -1,10 +1,9 @@
 // grouped_gemm on Hopper: see grouped_gemm.cu. Elements are bfloat16, rows 16-byte aligned, widths multiples of 8.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
+#include "launch.h"
 #include "plan.h"
 #include "weights.h"
 
@@ -19,6 +18,6 @@ struct GroupedGemmArguments {
     int64_t width, reduced;  // N, C
 };
 
-void grouped_gemm(const GroupedGemmArguments& arguments, const Plan& plan, int num_sms, cudaStream_t stream);
+void grouped_gemm(const GroupedGemmArguments& arguments, const Plan& plan, const Launch& launch);
 
 }  // namespace moe_kernels

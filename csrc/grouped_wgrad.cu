@@ -11,21 +11,20 @@
 // past the end: those belong to the next expert, or to nobody and may hold anything. An expert without rows takes one
 // step of zeros. One block adds up a tile from first row to last, so the sum has one order.
 
-#include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "grouped_wgrad.h"
 #include "sm90/chunk.cuh"
+#include "sm90/multiply.cuh"
 #include "sm90/pipeline.cuh"
 #include "tensor_map.h"
 
 namespace moe_kernels {
 namespace {
 
+constexpr const char* kName = "grouped_wgrad";
 constexpr int kStages = 4;
-constexpr int kBuffers = 2;
-constexpr int kStagingBytes = kConsumers * kBuffers * kChunkBytes;
-constexpr int kBlockBytes = kTileK * kRowBytes;  // 64 rows of the reduction x 64 columns, 8 KB
 
 struct Wgrad {
     CUtensorMap contiguous_map;  // [1, R, contiguous_width], box [1, 64, 64]
@@ -55,7 +54,7 @@ struct WgradDraw {
     int number;
     WgradTile tile;
 
-    __device__ __forceinline__ void draw(const Wgrad& p) { number = atomicAdd(p.counter, 1) + gridDim.x / kCluster; }
+    __device__ __forceinline__ void draw(const Wgrad& p) { number = draw_number(p.counter); }
 
     __device__ __forceinline__ void look_up(const Wgrad& p) {
         const int per_expert = p.num_pairs * p.num_columns;
@@ -65,11 +64,6 @@ struct WgradDraw {
             tile = {expert, __ldg(p.offsets + expert), __ldg(p.offsets + expert + 1),
                     static_cast<short>(within % p.num_pairs), static_cast<short>(within / p.num_pairs)};
         }
-    }
-
-    __device__ __forceinline__ void publish(TileRing<WgradTile>& ring, int j) const {
-#pragma unroll
-        for (int rank = 0; rank < kCluster; ++rank) ring.publish(j, tile, rank);
     }
 };
 
@@ -91,7 +85,7 @@ struct Side {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
             const int row = first_row + odd * 4 * kRowsAtOnce;
-            at[odd] = piece / 8 * kBlockBytes + swizzled(row, piece % 8) - odd * 4 * kRowsAtOnce * kRowBytes;
+            at[odd] = piece / 8 * kChunkBytes + swizzled(row, piece % 8) - odd * 4 * kRowsAtOnce * kRowBytes;
         }
     }
 
@@ -153,12 +147,8 @@ template <typename T, typename Out, bool kGatherLhs>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     grouped_wgrad_kernel(const __grid_constant__ Wgrad p) {
     extern __shared__ unsigned char memory[];
-    unsigned char* stages = aligned(memory);
-    unsigned char* staging = stages + kStages * kStageBytes;
-    auto& tiles = *reinterpret_cast<TileRing<WgradTile>*>(staging + kStagingBytes);
-    uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
-    uint64_t* empty = full + kStages;
-    init_rings<kStages>(tiles, full, empty, kWarpgroup + 1);
+    const auto shared = init_shared<kStages, kBuffersBytes, WgradTile>(memory, kWarpgroup + 1);
+    auto& tiles = shared.tiles;
 
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -171,9 +161,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
         WgradDraw next;
         if (thread == 0) tiles.expect(0);
         if (draws) {
-            next.number = blockIdx.x / kCluster;
+            next.number = first_number();
             next.look_up(p);
-            next.publish(tiles, 0);
+            tiles.publish(0, next.tile, next.tile);
         }
         const Side<kTileM / 64> narrow(warp, lane);
         const Side<kTileN / 64> wide(warp, lane);
@@ -199,7 +189,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
                 if (draws) {
                     if (k == 0) next.draw(p);
                     if (k == steps / 3) next.look_up(p);
-                    if (k == steps * 2 / 3) next.publish(tiles, j + 1);
+                    if (k == steps * 2 / 3) tiles.publish(j + 1, next.tile, next.tile);
                 }
                 if (k < steps - 1) {
                     slot = slot_of(tile, row + kTileK);
@@ -208,18 +198,18 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
                     slot = slot_of(coming, coming.begin);
                 }
                 const bool whole = row + kTileK <= tile.end;
-                unsigned char* a = stages + ring.stage * kStageBytes;
+                unsigned char* a = shared.stages + ring.stage * kStageBytes;
                 unsigned char* b = a + kABytes;
-                uint64_t* barrier = full + ring.stage;
-                ptx::mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
+                uint64_t* barrier = shared.full + ring.stage;
+                ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
                 if (thread == 0) {
                     ptx::mbarrier_arrive_expect(barrier, whole ? kBBytes : 0);
                     if (whole) {
 #pragma unroll
                         for (int i = 0; i < kTileN / 64 / kCluster; ++i) {
                             const int block = rank * (kTileN / 64 / kCluster) + i;
-                            ptx::tma_load_3d_multicast(b + block * kBlockBytes, &p.contiguous_map, barrier,
-                                                       c + 64 * block, row, 0, 3);
+                            ptx::tma_load_3d_multicast(b + block * kChunkBytes, &p.contiguous_map, barrier,
+                                                       c + 64 * block, row, 0, kBothBlocks);
                         }
                     }
                 }
@@ -242,37 +232,12 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     } else {
         take_registers<208>();
         const int consumer = warpgroup - 1;
-        unsigned char* chunks = staging + consumer * kBuffers * kChunkBytes;
-        // To both producers: either one's copies may fill the stage next.
-        auto give_back = [&](int stage) {
-#pragma unroll
-            for (int to = 0; to < kCluster; ++to) ptx::mbarrier_arrive_in(empty + stage, to);
-        };
+        unsigned char* chunks = shared.staging + consumer * kBuffers * kChunkBytes;
         for (int j = 0;; ++j) {
             const WgradTile tile = tiles.wait(j);
             if (tile.expert == kStop) break;
-            const int steps = tile.steps();
             float acc[kTileN / 2];
-            int before = 0;
-            for (int k = 0; k < steps; ++k, ring.advance()) {
-                const unsigned char* a = stages + ring.stage * kStageBytes;
-                ptx::mbarrier_wait(full + ring.stage, ring.parity);
-                ptx::fence_async_proxy();  // what cp.async wrote
-                const uint64_t desc_a = ptx::descriptor_across(a + consumer * kBlockBytes, kBlockBytes);
-                const uint64_t desc_b = ptx::descriptor_across(a + kABytes, kBlockBytes);
-                ptx::wgmma_fence();
-#pragma unroll
-                for (int i = 0; i < kTileK / 16; ++i) {
-                    ptx::Wgmma<T, kTileN, 1, 1>::run(acc, desc_a + i * ptx::kNextAcross, desc_b + i * ptx::kNextAcross,
-                                                     (k | i) != 0);
-                }
-                ptx::wgmma_commit();
-                ptx::wgmma_wait<1>();  // the step before this one has read its operands
-                if (k > 0 && lane == 0) give_back(before);
-                before = ring.stage;
-            }
-            ptx::wgmma_wait_all(acc);
-            if (lane == 0) give_back(before);
+            multiply<T, true, true, true>(acc, shared, ring, tile.steps(), consumer, lane == 0, [](int) {});
             const int g = (kCluster * tile.pair + rank) * kTileM + consumer * kRows;
             constexpr bool kFloat = std::is_same_v<Out, float>;
             constexpr int kAtOnce = kFloat ? kBuffers : 1;  // chunks that a block of 64 columns takes
@@ -280,18 +245,17 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
             for (int i = 0; i < kTileN / 64; ++i) {
                 unsigned char* chunk = chunks + (kFloat ? 0 : i % kBuffers * kChunkBytes);
                 const uint32_t to = ptx::shared_address(chunk);
-                if (thread == 0) ptx::bulk_wait_read<kBuffers / kAtOnce - 1>();
-                warpgroup_sync(consumer);
-                if constexpr (kFloat) {
-                    write_float_chunks<!kGatherLhs>(to, warp, lane, acc + 32 * i);
-                } else if constexpr (kGatherLhs) {
-                    write_chunk<T>(to, warp * 16, lane, acc + 32 * i);
-                } else {
-                    write_chunk_transposed<T>(to, warp, lane, acc + 32 * i);
-                }
-                ptx::fence_async_proxy();
-                warpgroup_sync(consumer);
-                if (thread == 0) {
+                auto write = [&] {
+                    if constexpr (kFloat) {
+                        write_float_chunks<!kGatherLhs>(to, warp, lane, acc + 32 * i);
+                    } else if constexpr (kGatherLhs) {
+                        write_chunk<T>(to, warp * 16, lane, acc + 32 * i);
+                    } else {
+                        write_chunk_transposed<T>(to, warp, lane, acc + 32 * i);
+                    }
+                };
+                auto send = [&] {
+                    if (thread != 0) return;
                     const int c = tile.column * kTileN + 64 * i;
                     const int row = kGatherLhs ? g : c, column = kGatherLhs ? c : g;
 #pragma unroll
@@ -300,8 +264,8 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
                             ptx::tma_store_3d(&p.dw, chunk + part * kChunkBytes, column + 32 * part, row, tile.expert);
                         }
                     }
-                    ptx::bulk_commit();
-                }
+                };
+                through_staging<kBuffers / kAtOnce - 1>(consumer, thread, write, send);
             }
         }
         if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
@@ -310,38 +274,45 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
 }
 
 template <typename T, typename Out, bool kGatherLhs>
-void launch_wgrad(const Wgrad& p, int num_sms, cudaStream_t stream) {
-    auto* kernel = grouped_wgrad_kernel<T, Out, kGatherLhs>;
-    constexpr int kBytes = shared_bytes(kStages, kStagingBytes);
-    static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory");
-    const int64_t pairs = static_cast<int64_t>(p.num_experts) * p.num_pairs * p.num_columns;
-    const int blocks = kCluster * static_cast<int>(std::min<int64_t>(num_sms / kCluster, pairs));
-    check(cudaMemsetAsync(p.counter, 0, sizeof(int), stream), "clear the counter of tiles");
-    kernel<<<blocks, kBlockThreads, kBytes, stream>>>(p);
-    check_launch("grouped_wgrad");
+void launch_wgrad(const Wgrad& p, const Launch& launch) {
+    launch_clusters<kStages, kBuffersBytes>(kName, grouped_wgrad_kernel<T, Out, kGatherLhs>,
+                                            int64_t{p.num_experts} * p.num_pairs * p.num_columns, launch, p);
 }
 
 }  // namespace
 
-void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, int num_sms, cudaStream_t stream) {
+void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launch& launch) {
     using T = __nv_bfloat16;
+    const bool in_float = a.dw_dtype == DType::kFloat32;
+    const int64_t gathered_stride = a.gather_lhs ? a.lhs_stride : a.rhs_stride;
+    const int64_t contiguous_stride = a.gather_lhs ? a.rhs_stride : a.lhs_stride;
+    const Needs needs{kName};
+    needs.plan(plan);
+    needs.present("slots", plan.slots);
+    needs.multiple("m", a.m, 8);
+    needs.multiple("n", a.n, 8);
+    const int64_t tokens = plan.num_rows / plan.top_k;
+    const int64_t lhs_rows = a.gather_lhs ? tokens : plan.num_rows, rhs_rows = a.gather_lhs ? plan.num_rows : tokens;
+    needs.rows("lhs", a.lhs, a.lhs_stride, lhs_rows, sizeof(T));
+    needs.rows("rhs", a.rhs, a.rhs_stride, rhs_rows, sizeof(T));
+    needs.aligned("dw", a.dw);
+    require(in_float || a.dw_dtype == DType::kBFloat16, kName, ": dw_dtype must be bfloat16 or float32");
+    // Strides are ints, numbers of tiles shorts.
+    constexpr int64_t kFarthest = std::numeric_limits<int>::max();
+    require((lhs_rows == 1 || a.lhs_stride <= kFarthest) && (rhs_rows == 1 || a.rhs_stride <= kFarthest), kName,
+            ": lhs and rhs must have rows less than 2**31 elements apart");
+    require(std::max(a.m, a.n) <= 1 << 22, kName, ": m and n must be at most 2**22, got ", a.m, " and ", a.n);
+
     Wgrad p{};
     p.gathered = a.gather_lhs ? a.lhs : a.rhs;
     p.contiguous = a.gather_lhs ? a.rhs : a.lhs;
-    const int64_t stride = a.gather_lhs ? a.rhs_stride : a.lhs_stride;
-    p.gathered_stride = static_cast<int>(a.gather_lhs ? a.lhs_stride : a.rhs_stride);
-    p.contiguous_stride = static_cast<int>(stride);
+    p.gathered_stride = static_cast<int>(gathered_stride);
+    p.contiguous_stride = static_cast<int>(contiguous_stride);
     p.gathered_width = static_cast<int>(a.gather_lhs ? a.m : a.n);
     p.contiguous_width = static_cast<int>(a.gather_lhs ? a.n : a.m);
-    p.contiguous_map =
-        make_tensor_map({p.contiguous, static_cast<uint64_t>(p.contiguous_width), static_cast<uint64_t>(plan.num_rows),
-                         1, static_cast<uint64_t>(stride), static_cast<uint64_t>(stride * plan.num_rows), kTileK, 1},
-                        DType::kBFloat16);
-    p.dw = make_tensor_map(
-        {a.dw, static_cast<uint64_t>(a.n), static_cast<uint64_t>(a.m), static_cast<uint64_t>(plan.num_experts),
-         static_cast<uint64_t>(a.n), static_cast<uint64_t>(a.m * a.n), kRows, 1},
-        a.dw_dtype);
+    p.contiguous_map = make_tensor_map(
+        {p.contiguous, p.contiguous_width, plan.num_rows, 1, contiguous_stride, 0, kTileK, 1}, DType::kBFloat16);
+    p.dw = make_tensor_map({a.dw, a.n, a.m, plan.num_experts, a.n, a.m * a.n, kRows, 1}, a.dw_dtype);
     p.offsets = plan.offsets;
     p.slots = plan.slots;
     p.top_k = divisor(plan.top_k);
@@ -350,12 +321,11 @@ void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, int num_sms
     p.num_experts = plan.num_experts;
     p.num_pairs = static_cast<int>(ceil_div(p.gathered_width, kCluster * kTileM));
     p.num_columns = static_cast<int>(ceil_div(p.contiguous_width, kTileN));
-    p.counter = plan.counter;
-    const bool in_float = a.dw_dtype == DType::kFloat32;
+    p.counter = launch.counter;
     if (a.gather_lhs) {
-        in_float ? launch_wgrad<T, float, true>(p, num_sms, stream) : launch_wgrad<T, T, true>(p, num_sms, stream);
+        in_float ? launch_wgrad<T, float, true>(p, launch) : launch_wgrad<T, T, true>(p, launch);
     } else {
-        in_float ? launch_wgrad<T, float, false>(p, num_sms, stream) : launch_wgrad<T, T, false>(p, num_sms, stream);
+        in_float ? launch_wgrad<T, float, false>(p, launch) : launch_wgrad<T, T, false>(p, launch);
     }
 }
 

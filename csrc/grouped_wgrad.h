@@ -1,11 +1,10 @@
 // grouped_wgrad on Hopper: see grouped_wgrad.cu. Elements are bfloat16, rows 16-byte aligned, widths multiples of 8.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
 
 #include "dtype.h"
+#include "launch.h"
 #include "plan.h"
 
 namespace moe_kernels {
@@ -20,6 +19,6 @@ struct GroupedWgradArguments {
     bool gather_lhs;  // else rhs is gathered
 };
 
-void grouped_wgrad(const GroupedWgradArguments& arguments, const Plan& plan, int num_sms, cudaStream_t stream);
+void grouped_wgrad(const GroupedWgradArguments& arguments, const Plan& plan, const Launch& launch);
 
 }  // namespace moe_kernels

@@ -11,7 +11,6 @@ struct Plan {
     int num_experts;
     int num_rows;  // R
     int top_k;
-    int* counter;  // a word of scratch memory
 };
 
 }  // namespace moe_kernels

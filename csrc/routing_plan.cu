@@ -244,12 +244,21 @@ int64_t routing_plan_workspace(int64_t num_slots, int num_experts) {
 void routing_plan(const void* indices, int index_bytes, int64_t num_slots, int num_experts, int block_m,
                   int64_t num_tiles, int* workspace, int* offsets, int* slots, int* positions, int* tiles,
                   cudaStream_t stream) {
-    require(num_experts >= 1 && num_experts <= kMaxExperts,
-            "num_experts must be from 1 to " + std::to_string(kMaxExperts) + ", got " + std::to_string(num_experts));
+    require(num_experts >= 1 && num_experts <= kMaxExperts, "routing_plan: num_experts must be from 1 to ", kMaxExperts,
+            ", got ", num_experts);
     require(num_slots >= 0 && num_slots < (int64_t{1} << 31),
-            "num_slots must be from 0 to 2**31 - 1, got " + std::to_string(num_slots));
-    require(block_m >= 1, "block_m must be positive, got " + std::to_string(block_m));
-    require(index_bytes == 4 || index_bytes == 8, "index_bytes must be 4 or 8, got " + std::to_string(index_bytes));
+            "routing_plan: num_slots must be from 0 to 2**31 - 1, got ", num_slots);
+    require(block_m >= 1, "routing_plan: block_m must be positive, got ", block_m);
+    require(index_bytes == 4 || index_bytes == 8, "routing_plan: index_bytes must be 4 or 8, got ", index_bytes);
+    const Needs needs{"routing_plan"};
+    needs.present("workspace", workspace);
+    needs.present("offsets", offsets);
+    if (num_slots > 0) {
+        needs.present("indices", indices);
+        needs.present("slots", slots);
+        needs.present("positions", positions);
+    }
+    if (num_tiles > 0) needs.present("tiles", tiles);
     if (index_bytes == 8) {
         launch(static_cast<const int64_t*>(indices), num_slots, num_experts, block_m, num_tiles, workspace, offsets,
                slots, positions, tiles, stream);

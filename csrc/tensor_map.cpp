@@ -4,7 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
+
+#include "require.h"
 
 namespace moe_kernels {
 namespace {
@@ -40,20 +41,21 @@ Element element_of(DType dtype) {
 CUtensorMap make_tensor_map(const TensorMapShape& s, DType dtype) {
     static const Encode encode = find_encode();
     const Element element = element_of(dtype);
-    const cuuint64_t sizes[3] = {s.size0, s.size1, s.size2};
-    const cuuint64_t strides[2] = {s.stride1 * element.bytes, s.stride2 * element.bytes};
-    const cuuint32_t box[3] = {128 / element.bytes, s.box1, s.box2};
+    // torch leaves the stride of a dimension of size 1 as it happens to be; the driver wants a legal one all the same.
+    const int64_t stride1 = s.size1 == 1 ? s.size0 : s.stride1;
+    const int64_t stride2 = s.size2 == 1 ? s.size1 * stride1 : s.stride2;
+    const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(s.size0), static_cast<cuuint64_t>(s.size1),
+                                 static_cast<cuuint64_t>(s.size2)};
+    const cuuint64_t strides[2] = {static_cast<cuuint64_t>(stride1) * element.bytes,
+                                   static_cast<cuuint64_t>(stride2) * element.bytes};
+    const cuuint32_t box[3] = {128 / element.bytes, static_cast<cuuint32_t>(s.box1), static_cast<cuuint32_t>(s.box2)};
     const cuuint32_t steps[3] = {1, 1, 1};
     CUtensorMap map;
     const CUresult error = encode(&map, element.type, 3, const_cast<void*>(s.data), sizes, strides, box, steps,
                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (error != CUDA_SUCCESS) {
-        throw std::invalid_argument("cuTensorMapEncodeTiled failed with error " + std::to_string(error) +
-                                    " for sizes [" + std::to_string(s.size2) + ", " + std::to_string(s.size1) + ", " +
-                                    std::to_string(s.size0) + "], strides [" + std::to_string(s.stride2) + ", " +
-                                    std::to_string(s.stride1) + ", 1]");
-    }
+    require(error == CUDA_SUCCESS, "cuTensorMapEncodeTiled failed with error ", error, " for sizes [", s.size2, ", ",
+            s.size1, ", ", s.size0, "], strides [", stride2, ", ", stride1, ", 1]");
     return map;
 }
 

@@ -9,13 +9,14 @@
 
 namespace moe_kernels {
 
-// A tensor [size2, size1, size0]: size0 has stride 1, the others strides in elements (multiples of 16 bytes). A box is
-// [box2, box1, 128 bytes], swizzled. What a load reads outside the tensor is zero.
+// A tensor [size2, size1, size0]: size0 has stride 1, the others strides in elements (multiples of 16 bytes; of no
+// account where the size is 1). A box is [box2, box1, 128 bytes], swizzled. What a load reads outside the tensor is
+// zero.
 struct TensorMapShape {
     const void* data;  // 16-byte aligned
-    uint64_t size0, size1, size2;
-    uint64_t stride1, stride2;
-    uint32_t box1, box2;
+    int64_t size0, size1, size2;
+    int64_t stride1, stride2;
+    int box1, box2;
 };
 
 CUtensorMap make_tensor_map(const TensorMapShape& shape, DType dtype);

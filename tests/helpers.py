@@ -323,6 +323,9 @@ def op_arguments(op: str, p: Problem) -> tuple:
             return p.d_out, p.a, offsets, slots, case.K, "lhs", True, p.x.dtype
         case "combine":
             return torch.full_like(p.x, torch.nan), p.y, positions, p.weights, p.residual
+        case "decode_experts":
+            weights = p.w_gate_up, p.bias_gate_up, p.w_down, p.bias_down
+            return p.x, p.indices, p.weights, *weights, case.activation
     raise ValueError(op)
 
 
@@ -338,4 +341,5 @@ OPS = (
     "d_activation_",
     "grouped_wgrad",
     "combine",
+    "decode_experts",
 )

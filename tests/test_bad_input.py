@@ -233,7 +233,7 @@ def test_tiles_of_another_number_of_rows(op, rows):
 CALL = {
     "x_TD": P.x,
     "routing_weights_TK": P.weights,
-    "plan": P.plan,
+    "routing": P.plan,
     "w_gate_up_E2ID": P.w_gate_up,
     "w_down_EDI": P.w_down,
     "bias_gate_up_E2I": P.bias_gate_up,
@@ -245,13 +245,23 @@ EXPERTS = [
     ({"activation": "swish"}, ValueError, "activation must be one of swiglu.*'swish'"),
     ({"activation": "relu2"}, ValueError, r"w_down must be .*to match w_gate_up and relu2, got .*\[4, 16, 8\]"),
     ({"recompute": "all"}, ValueError, "recompute must be None or \"pre_activation\", got 'all'"),
-    ({"plan": P.indices}, TypeError, "plan must be a RoutingPlan from routing_plan"),
-    ({"plan": tuple(P.plan)}, TypeError, "plan must be a RoutingPlan from routing_plan"),
+    (
+        {"routing": tuple(P.plan)},
+        TypeError,
+        r"routing must be expert indices \[T, K\] or a RoutingPlan of them, got \(",
+    ),
+    ({"routing": P.indices[0]}, ValueError, r"routing must be 2-dimensional, \[T, K\], got .*\[2\]"),
+    (
+        {"routing": P.indices.float()},
+        ValueError,
+        r"expert_indices must be an int64 or int32 tensor \[T, K\], got a float32",
+    ),
+    ({"routing": P.indices[:3]}, ValueError, r"x must be of 3 tokens, as the routing is for, got .*\[6, 16\]"),
     ({"x_TD": P.x[None]}, ValueError, r"x must be 2-dimensional, \[T, D\], .*got .*\[1, 6, 16\]"),
     ({"x_TD": P.x.half()}, TypeError, "w_gate_up must be torch.float16 like x.*got a float32 tensor"),
     ({"x_TD": P.x.long()}, TypeError, "must be"),
     ({"x_TD": P.x[:, :8]}, ValueError, r"w_gate_up must be of size 8 in dimension 2 \(D of x\)"),
-    ({"x_TD": P.x[:3]}, ValueError, r"x must be of 6 tokens, as the plan is for, got .*\[3, 16\]"),
+    ({"x_TD": P.x[:3]}, ValueError, r"x must be of 6 tokens, as the routing is for, got .*\[3, 16\]"),
     ({"routing_weights_TK": P.weights[:, :1]}, ValueError, r"routing_weights must be shaped like .*\[6, 2\]"),
     ({"routing_weights_TK": P.weights.to("meta")}, ValueError, "routing_weights must be on cpu like x.*on meta"),
     ({"w_gate_up_E2ID": P.w_gate_up[0]}, ValueError, "w_gate_up.* must be 3-dimensional"),
@@ -261,7 +271,7 @@ EXPERTS = [
     ({"bias_gate_up_E2I": P.bias_down[:, :3]}, ValueError, r"bias_gate_up must be of shape \[4, 16\]"),
     ({"bias_down_ED": P.bias_down[:, :3]}, ValueError, r"bias_down must be of shape \[4, 16\]"),
     (
-        {"plan": routing_plan(P.indices, 5)},
+        {"routing": routing_plan(P.indices, 5)},
         ValueError,
         r"w_gate_up must be of 5 experts, as the plan is for, got .*\[4, ",
     ),
@@ -280,7 +290,7 @@ EXPERTS = [
 ]
 
 #: argument of moe_experts -> its name in messages
-TENSORS = {name: name.rpartition("_")[0] for name in CALL if name != "plan"}
+TENSORS = {name: name.rpartition("_")[0] for name in CALL if name != "routing"}
 AUTOCAST = pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 
 
@@ -358,12 +368,12 @@ def test_of_another_type(call, argument, got):
 
 def test_meta_tensors_run_the_contract_alone():
     """The fakes are the contract: shapes come out right on the meta device, and a mismatch raises there too."""
-    on_meta = {k: v.to("meta") for k, v in CALL.items() if k != "plan"}
+    on_meta = {k: v.to("meta") for k, v in CALL.items() if k != "routing"}
     plan = routing_plan(P.indices.to("meta"), CASE.E)
-    out = moe_experts(plan=plan, **on_meta)
+    out = moe_experts(routing=plan, **on_meta)
     assert out.shape == P.x.shape and out.device.type == "meta"
     with pytest.raises(ValueError, match="w_down must be"):
-        moe_experts(plan=plan, **on_meta | {"w_down_EDI": on_meta["w_down_EDI"].mT})
+        moe_experts(routing=plan, **on_meta | {"w_down_EDI": on_meta["w_down_EDI"].mT})
 
 
 def test_float_indices_and_integer_logits():

@@ -3,16 +3,20 @@
 And the door to the extension, on any machine: what it says where it can't be used.
 """
 
+import ctypes
 import re
 import shutil
 import subprocess
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_kernels import backends
 from moe_kernels.backends.cuda import _extension
+from moe_kernels.backends.cuda import d_activation as cuda_d_activation
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -86,6 +90,8 @@ def extension(monkeypatch):
         cuda_version = "13.0"
         driver_version = staticmethod(lambda: 13000)
         sm90 = True
+        TILE_N = 256
+        Plan = Weights = SimpleNamespace
 
     def forget():
         for function in (_extension.unavailable, _extension.dtype_codes):
@@ -153,6 +159,7 @@ def test_supports_names_the_reason(extension, monkeypatch):
     assert backends.why_not("cuda", "combine", gpu) is None
     assert "float64" in backends.why_not("cuda", "combine", gpu._replace(dtype=torch.float64))
     assert "width 12 is not a multiple of 8" in backends.why_not("cuda", "combine", gpu._replace(dims=(64, 12)))
+    assert "width of 0" in backends.why_not("cuda", "combine", gpu._replace(dims=(64, 0)))
 
 
 HOPPER = backends.Problem(torch.device("cuda"), torch.bfloat16, (128, 72), block_m=128)
@@ -184,3 +191,111 @@ def test_built_without_the_hopper_kernels(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     extension.sm90 = False
     assert "without its Hopper kernels" in backends.why_not("cuda", "gate_up", HOPPER)
+    del extension.sm90  # of before there were any
+    assert "without its Hopper kernels" in backends.why_not("cuda", "gate_up", HOPPER)
+
+
+# What a launch is given
+
+
+def test_the_counter_lives_until_the_launch_is_done(monkeypatch):
+    counters, alive = [], []
+    monkeypatch.setattr(_extension, "num_sms", lambda device: 132)
+    monkeypatch.setattr(_extension, "address", lambda tensor: counters.append(weakref.ref(tensor)))
+    monkeypatch.setattr(_extension, "launch", lambda *_, **__: alive.append(counters[0]() is not None))
+    _extension.launch_sm90("gate_up", torch.device("cpu"))
+    assert alive == [True]
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_d_activation_over_h_wherever_it_lies(extension, monkeypatch, offset, in_place):
+    """The kernel needs 16-byte aligned rows; the caller's memory must hold dH afterwards all the same."""
+    T, K, E, D, I = 5, 2, 3, 64, 8  # noqa: E741
+    memory = torch.ones(T * K * 2 * I + 16, dtype=torch.bfloat16)
+    h = memory[offset : offset - 16].view(T * K, 2 * I)
+    dh = h if in_place else torch.empty_like(h)
+
+    def kernel(name, device, *, h, dh, **_):
+        assert h % 16 == 0 and dh % 16 == 0 and (h == dh) is in_place
+        ctypes.memset(dh, 0, T * K * 2 * I * 2)
+
+    monkeypatch.setattr(cuda_d_activation, "launch_sm90", kernel)
+    index = torch.zeros(1, 1, dtype=torch.int32)
+    cuda_d_activation.d_activation(
+        dh, torch.ones(T, D), torch.ones(E, D, I), h, torch.ones(T, K), index[0], index[0], index, 128, "swiglu"
+    )
+    assert (dh == 0).all() and (h == (0 if in_place else 1)).all()
+    assert (memory[:offset] == 1).all() and (memory[offset - 16 :] == 1).all()
+
+
+def calls(c) -> dict[str, dict]:
+    """Arguments that every entry point of the Hopper kernels takes, but for a counter: nothing is launched."""
+    at, many = 1 << 20, {"num_sms": 132, "counter": 0, "stream": 0}
+    plan = {"offsets": at, "slots": at, "tiles": at, "num_tiles": 4, "num_experts": 2, "num_rows": 12, "top_k": 3}
+
+    def weights(rows, columns):
+        return {"data": at, "rows": rows, "columns": columns, "row_stride": columns, "expert_stride": rows * columns}
+
+    down = {"inner": 72, "reduced": 128, "plan": plan, **many}
+    return {
+        "gate_up": {"h": at, "a": at, "x": at, "x_stride": 128, "w": weights(144, 128), **down},
+        "grouped_gemm": {
+            **{"y": at, "a": at, "a_stride": 72, "w": weights(128, 72), "across": False, "width": 128, "reduced": 72},
+            **{"plan": plan, **many},
+        },
+        "d_activation": {
+            **{"dh": at, "a": at, "partial": at, "h": at, "d_out": at, "d_out_stride": 128, "w": weights(128, 72)},
+            **{"weights": at, "weights_dtype": c.FLOAT32, **down},
+        },
+        "grouped_wgrad": {
+            **{"dw": at, "dw_dtype": c.BFLOAT16, "lhs": at, "lhs_stride": 128, "rhs": at, "rhs_stride": 72},
+            **{"m": 128, "n": 72, "gather_lhs": True, "plan": plan, **many},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "op, change, message",
+    [
+        ("gate_up", {"inner": 76}, "inner must be a positive multiple of 8 below 2**30, got 76"),
+        ("gate_up", {"reduced": 72}, "reduced must be a positive multiple of 64 below 2**30, got 72"),
+        ("gate_up", {"reduced": 0}, "reduced must be a positive multiple of 64 below 2**30, got 0"),
+        ("gate_up", {"x": 8}, "x must start at a multiple of 16 bytes"),
+        ("gate_up", {"x": 0}, "x must not be null"),
+        ("gate_up", {"x_stride": 131}, "x must have rows that start at multiples of 16 bytes, its stride is 131"),
+        ("gate_up", {"h": 0, "a": 0}, "h and a must not both be null"),
+        ("gate_up", {"plan": {"slots": 0}}, "slots must not be null"),
+        ("gate_up", {"plan": {"top_k": 0}}, "num_rows must be a positive multiple of top_k, got 12 and 0"),
+        ("gate_up", {"plan": {"top_k": 5}}, "num_rows must be a positive multiple of top_k, got 12 and 5"),
+        ("gate_up", {"w": {"rows": 72}}, "w must be [E, 144, 128], got [E, 72, 128]"),
+        ("grouped_gemm", {"reduced": 76}, "reduced must be a positive multiple of 8 below 2**30, got 76"),
+        ("grouped_gemm", {"width": 0}, "width must be a positive multiple of 8 below 2**30, got 0"),
+        ("grouped_gemm", {"across": True}, "w must be [E, 72, 128], got [E, 128, 72]"),
+        ("grouped_gemm", {"w": {"expert_stride": 3}}, "w must have rows that start at multiples of 16 bytes"),
+        ("grouped_gemm", {"plan": {"tiles": 0}}, "tiles must not be null"),
+        ("grouped_gemm", {"plan": {"num_experts": 0}}, "num_experts must be positive, got 0"),
+        ("d_activation", {"reduced": 136}, "reduced must be a positive multiple of 64 below 2**30, got 136"),
+        ("d_activation", {"h": 2}, "h must start at a multiple of 16 bytes"),
+        ("d_activation", {"partial": 0}, "partial must not be null"),
+        ("d_activation", {"weights_dtype": 0}, "weights_dtype must be float32, bfloat16 or float16"),
+        ("grouped_wgrad", {"m": 12}, "m must be a positive multiple of 8 below 2**30, got 12"),
+        ("grouped_wgrad", {"dw_dtype": 3}, "dw_dtype must be bfloat16 or float32"),
+        ("grouped_wgrad", {"lhs_stride": 2**31}, "rows less than 2**31 elements apart"),
+        ("grouped_wgrad", {"n": 2**23}, "m and n must be at most 2**22, got 128 and 8388608"),
+        ("grouped_wgrad", {"plan": {"offsets": 0}}, "offsets must not be null"),
+    ],
+)
+def test_entry_points_check_what_they_rely_on(op, change, message):
+    """ValueError before anything is launched: the ops' own checks say it better, this is for who calls ``_C``."""
+    c = pytest.importorskip("moe_kernels._C")
+    if not c.sm90:
+        pytest.skip("built without the Hopper kernels")
+    arguments = calls(c)[op]
+    for name, value in change.items():
+        arguments[name] = {**arguments[name], **value} if isinstance(value, dict) else value
+    for name, make in (("plan", c.Plan), ("w", c.Weights)):
+        if name in arguments:
+            arguments[name] = make(**arguments[name])
+    with pytest.raises(ValueError, match="^" + re.escape(f"{op}: ") + ".*" + re.escape(message)):
+        getattr(c, op)(**arguments)

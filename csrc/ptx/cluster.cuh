@@ -25,7 +25,8 @@ __device__ __forceinline__ uint32_t address_in(const void* pointer, int rank) {
     return address;
 }
 
-// Orders what the copy engine and wgmma did, which is all that a stage of a pipeline needs.
+// Says that what the barrier guards is no longer read, wgmma's and the copy engine's reads having been waited for. Of
+// ordinary writes it says nothing to the other block, the default scope being this one: nobody there reads any.
 __device__ __forceinline__ void mbarrier_arrive_in(uint64_t* barrier, int rank, int arrivals = 1) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(address_in(barrier, rank)), "r"(arrivals)
                  : "memory");

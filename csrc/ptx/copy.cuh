@@ -1,8 +1,10 @@
 // Copies: by the copy engine (TMA, tensor maps), by single threads (cp.async), between registers and shared memory in
 // the layout of matrix fragments (ldmatrix, stmatrix), and the fences between them.
 //
-// The copy engine and wgmma reach shared memory through another proxy than ordinary loads and stores: a thread that
-// wrote with the latter (stmatrix and cp.async too) says fence_async_proxy() before others let the former read.
+// The copy engine and wgmma reach shared memory through another proxy than ordinary loads and stores. Between the two
+// stands a fence_async_proxy(): said by the thread that wrote (stmatrix too) before it tells others to let the former
+// read; where cp.async wrote, which is done only some time after its thread has gone on, by the threads that read,
+// after they have waited for it.
 #pragma once
 
 #include <cuda.h>

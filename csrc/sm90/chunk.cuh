@@ -15,6 +15,23 @@ struct RowsOut {
     int width;
 };
 
+// Staging memory: each consumer has kBuffers chunks, and uses them in turn.
+constexpr int kBuffers = 2;
+constexpr int kBuffersBytes = kConsumers * kBuffers * kChunkBytes;
+
+// All threads of a consumer: results through a chunk of staging memory, once all but the newest kPending of its copies
+// have read theirs.
+template <int kPending, typename Write, typename Send>
+__device__ __forceinline__ void through_staging(int consumer, int thread, Write write, Send send) {
+    if (thread == 0) ptx::bulk_wait_read<kPending>();
+    warpgroup_sync(consumer);
+    write();
+    ptx::fence_async_proxy();
+    warpgroup_sync(consumer);
+    send();
+    if (thread == 0) ptx::bulk_commit();
+}
+
 // Pairs of 16-bit results from 32 accumulators (8 groups of 8 columns) into a chunk.
 template <typename T>
 __device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, const float* values) {

@@ -1,31 +1,34 @@
-// What the Hopper kernels share: the shape of a tile, the ring of stages between the producer and the consumers, the
-// ring of tiles between the thread that draws them and everybody else.
+// What the Hopper kernels share: the ring of stages between the producer and the consumers, the ring of tiles between
+// the thread that draws them and everybody else, the launch.
 #pragma once
 
+#include <algorithm>
+
 #include "common.cuh"
+#include "launch.h"
 #include "ptx/cluster.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/wgmma.cuh"
+#include "tile.h"
 
 namespace moe_kernels {
 
-constexpr int kTileM = 128;
-constexpr int kTileN = 256;
-constexpr int kTileK = 64;
 constexpr int kConsumers = 2;               // warpgroups
 constexpr int kWarpgroup = 128;             // threads
 constexpr int kRows = kTileM / kConsumers;  // of a consumer
 constexpr int kBlockThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kCluster = 2;  // blocks
+constexpr int kCluster = 2;                            // blocks
+constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;  // a bit each
 
 constexpr int kRowBytes = 128;  // 64 elements, the swizzle's width
 constexpr int kABytes = kTileM * kRowBytes;
 constexpr int kBBytes = kTileN * kRowBytes;
 constexpr int kStageBytes = kABytes + kBBytes;  // 48 KB
-constexpr int kChunkBytes = kRows * kRowBytes;  // 64 rows x 64 columns of results, 8 KB
-constexpr int kAlignment = 1024;                // the swizzle's period
-constexpr int kRingBytes = 512;                 // tiles and barriers
+constexpr int kChunkBytes = 64 * kRowBytes;     // 64 rows x 64 columns of an operand or of results, 8 KB
+static_assert(kRows == 64 && kTileK == 64,
+              "a chunk is a consumer's rows of A, or a step of an operand that lies across");
+constexpr int kAlignment = 1024;  // the swizzle's period
+constexpr int kRingBytes = 512;   // tiles and barriers
 
 // Shared memory of a block, whose start need not be aligned.
 constexpr int shared_bytes(int stages, int staging) { return kAlignment + stages * kStageBytes + staging + kRingBytes; }
@@ -85,8 +88,12 @@ struct Ring {
 // draws, while it fills the stages of the tile before: a number, the tile map's entries and the experts' ends are three
 // dependent loads, spread over that tile's steps so that nobody waits for them. It then puts both blocks' tiles into a
 // ring in their shared memory.
-constexpr int kStop = -2;     // the expert of the tile after the last
-constexpr int kTileRing = 8;  // more than tiles can be in flight: each has a step at least, and there are fewer stages
+constexpr int kStop = -2;  // the expert of the tile after the last
+constexpr int kTileRing = 8;
+
+// A cluster's first number is its own; the counter goes on after those.
+__device__ __forceinline__ int first_number() { return blockIdx.x / kCluster; }
+__device__ __forceinline__ int draw_number(int* counter) { return atomicAdd(counter, 1) + gridDim.x / kCluster; }
 
 template <typename Tile>
 struct TileRing {
@@ -100,10 +107,11 @@ struct TileRing {
     // One thread of each block, some time: its j-th tile will come.
     __device__ __forceinline__ void expect(int j) { ptx::mbarrier_arrive_expect(ready + j % kTileRing, sizeof(Tile)); }
 
-    // The drawing thread: the j-th tile of block `rank`.
-    __device__ __forceinline__ void publish(int j, const Tile& tile, int rank) {
-        static_assert(sizeof(Tile) == sizeof(int4));
-        ptx::store_async_in(tiles + j % kTileRing, ready + j % kTileRing, rank, *reinterpret_cast<const int4*>(&tile));
+    // The drawing thread: the j-th tile of each block.
+    __device__ __forceinline__ void publish(int j, const Tile& first, const Tile& second) {
+        static_assert(sizeof(Tile) == sizeof(int4) && kCluster == 2);
+        put(j, first, 0);
+        put(j, second, 1);
     }
 
     // The j-th tile of this block.
@@ -111,13 +119,43 @@ struct TileRing {
         ptx::mbarrier_wait(ready + j % kTileRing, j / kTileRing & 1);
         return tiles[j % kTileRing];
     }
+
+  private:
+    __device__ __forceinline__ void put(int j, const Tile& tile, int rank) {
+        ptx::store_async_in(tiles + j % kTileRing, ready + j % kTileRing, rank, *reinterpret_cast<const int4*>(&tile));
+    }
+};
+
+// A block's shared memory, as both sides see it.
+template <int kStages, typename Tile>
+struct Shared {
+    unsigned char* stages;   // A, then B
+    unsigned char* staging;  // of results
+    TileRing<Tile>& tiles;
+    uint64_t* full;   // per stage: its copies have landed
+    uint64_t* empty;  // per stage: all consumers of the cluster are done with it
+
+    // One thread for `warps` warps of a consumer. To both producers: either one's copies may fill the stage next.
+    __device__ __forceinline__ void give_back(int stage, int warps = 1) const {
+#pragma unroll
+        for (int rank = 0; rank < kCluster; ++rank) ptx::mbarrier_arrive_in(empty + stage, rank, warps);
+    }
 };
 
 // At the start of a kernel, by all threads. A full barrier expects `copies` arrivals, an empty one those of all
 // consumer warps of the cluster.
-template <int kStages, typename Tile>
-__device__ __forceinline__ void init_rings(TileRing<Tile>& tiles, uint64_t* full, uint64_t* empty, int copies) {
+template <int kStages, int kStagingBytes, typename Tile>
+__device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memory, int copies) {
     static_assert(sizeof(TileRing<Tile>) + 2 * kStages * sizeof(uint64_t) <= kRingBytes);
+    // Tile j + 1 is published in a step of tile j, when the cluster's consumers are known to have finished the step
+    // that lies kStages + 1 steps back. A tile has one step at least, so they have read tile j - kStages - 1, and the
+    // kStages + 2 tiles after that one, up to j + 1, need a place each.
+    static_assert(kStages + 2 <= kTileRing);
+    unsigned char* stages = aligned(memory);
+    unsigned char* staging = stages + kStages * kStageBytes;
+    auto& tiles = *reinterpret_cast<TileRing<Tile>*>(staging + kStagingBytes);
+    uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
+    uint64_t* empty = full + kStages;
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(full + s, copies);
@@ -127,6 +165,25 @@ __device__ __forceinline__ void init_rings(TileRing<Tile>& tiles, uint64_t* full
         ptx::mbarrier_init_fence();
     }
     ptx::cluster_sync();
+    return {stages, staging, tiles, full, empty};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Host
+
+// A block a multiprocessor, for a kernel whose clusters draw `num_draws` numbers.
+template <int kStages, int kStagingBytes, typename... Parameters>
+void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_draws, const Launch& launch,
+                     const Parameters&... arguments) {
+    constexpr int kBytes = shared_bytes(kStages, kStagingBytes);
+    static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
+    require(launch.counter != nullptr, name, ": counter must not be null");
+    require(launch.num_sms >= kCluster, name, ": num_sms must be at least ", kCluster, ", got ", launch.num_sms);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory");
+    const int blocks = kCluster * static_cast<int>(std::min<int64_t>(launch.num_sms / kCluster, num_draws));
+    check(cudaMemsetAsync(launch.counter, 0, sizeof(int), launch.stream), "clear the counter of tiles");
+    kernel<<<blocks, kBlockThreads, kBytes, launch.stream>>>(arguments...);
+    check_launch(name);
 }
 
 }  // namespace moe_kernels

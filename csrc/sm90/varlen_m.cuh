@@ -16,10 +16,9 @@
 // tiles with two consumers, CUTLASS and fast.cu.
 #pragma once
 
-#include <algorithm>
-
 #include "plan.h"
 #include "sm90/chunk.cuh"
+#include "sm90/multiply.cuh"
 #include "sm90/pipeline.cuh"
 #include "tensor_map.h"
 #include "weights.h"
@@ -60,9 +59,10 @@ struct Draw {
     int number;
     Tile tiles[kCluster];
 
-    __device__ __forceinline__ void draw(const VarlenM& p) { number = atomicAdd(p.counter, 1) + gridDim.x / kCluster; }
+    __device__ __forceinline__ void draw(const VarlenM& p) { number = draw_number(p.counter); }
 
     __device__ __forceinline__ void look_up(const VarlenM& p) {
+        static_assert(kCluster == 2);  // num_pairs, and the two tiles below
         const int num_pairs = (p.num_m_tiles + 1) / kCluster;
         const int per_group = p.group_pairs * p.num_n_tiles;
         const int group = number / per_group, within = number % per_group;
@@ -83,7 +83,9 @@ struct Draw {
     }
 
     __device__ __forceinline__ void find_ends(const VarlenM& p) {
-        while (tiles[0].expert == kUnused) {  // then the second is unused too; these are the last numbers
+        // No block is told of a pair without a tile: where the first is unused so is the second, as the map's unused
+        // entries come last. Other pairs of the same group may still follow, with the next column tile.
+        while (tiles[0].expert == kUnused) {
             draw(p);
             look_up(p);
         }
@@ -93,11 +95,6 @@ struct Draw {
             tiles[rank].end = tiles[rank].expert < 0 ? 0 : __ldg(p.offsets + tiles[rank].expert + 1);
             tiles[rank].column |= shared ? kShared : 0;
         }
-    }
-
-    __device__ __forceinline__ void publish(TileRing<Tile>& ring, int j) const {
-#pragma unroll
-        for (int rank = 0; rank < kCluster; ++rank) ring.publish(j, tiles[rank], rank);
     }
 };
 
@@ -121,26 +118,52 @@ __device__ __forceinline__ void load_weight_half(const CUtensorMap& w, unsigned 
     if constexpr (kAcross) {
 #pragma unroll
         for (int i = 0; i < kHalfN / 64; ++i) {
-            load_weight_box(w, to + i * kTileK * kRowBytes, barrier, n + 64 * i, k, tile.expert, blocks);
+            load_weight_box(w, to + i * kChunkBytes, barrier, n + 64 * i, k, tile.expert, blocks);
         }
     } else {
         load_weight_box(w, to, barrier, k, n, tile.expert, blocks);
     }
 }
 
-// The rings in shared memory, as both sides see them.
-template <int kStages>
-struct Shared {
-    unsigned char* stages;
-    TileRing<Tile>& tiles;
-    uint64_t* full;   // per stage: its copies have landed
-    uint64_t* empty;  // per stage: all consumers of the cluster are done with it
+// What becomes of the accumulators. An op's epilogue derives from this and adds
+//
+//     kName, kStagingBytes
+//     struct Arguments                                     its own part of the kernel's arguments
+//     Epilogue(args, p, staging, consumer, thread)         one for each thread of a consumer, for all its tiles
+//     finish(tile, first, rows, acc, stages, take, give_back)
+//                                                          a tile's `rows` > 0 rows of this consumer, from row `first`
+//
+// take() waits for the next of the tile's kSteps own stages and returns its number n: it lies at stages + n *
+// kStageBytes. Once all threads of the consumer are done with it, thread 0 calls give_back(n). Where a consumer has no
+// rows, begin, look_ahead and finish are not called. What stands here may be replaced.
+struct EpilogueDefaults {
+    static constexpr int kSteps = 0;      // stages that a tile takes after the reduction's
+    static constexpr int kStepBytes = 0;  // that load_step copies
+
+    // One thread of the producer: own stage c of a tile, kStepBytes to `to`, counted on the barrier.
+    template <typename Arguments>
+    static __device__ __forceinline__ void load_step(const Arguments&, unsigned char*, uint64_t*, const Tile&, int) {}
+
+    // One thread of the producer: half of the weights of the step at k.
+    template <bool kAcross, typename Arguments>
+    static __device__ __forceinline__ void load_weights(const Arguments&, const CUtensorMap& w, unsigned char* to,
+                                                        uint64_t* barrier, const Tile& tile, int k, int half,
+                                                        uint16_t blocks) {
+        load_weight_half<kAcross>(w, to, barrier, tile, k, half, blocks);
+    }
+
+    // The consumer before the reduction (first, rows), and kLookAheadStep steps into it: what finish needs may be
+    // loaded here, the second time by what the first has brought.
+    __device__ __forceinline__ void begin(int, int) {}
+    __device__ __forceinline__ void look_ahead() {}
 };
+
+constexpr int kLookAheadStep = 2;  // or the last one of a short reduction
 
 // One producer warpgroup. Gathering takes all its threads, the copy engine one.
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
 __device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogue::Arguments& args,
-                                        const Shared<kStages>& shared, int thread) {
+                                        const Shared<kStages, Tile>& shared, int thread) {
     const int rank = ptx::cluster_rank(), steps = p.steps;
     const bool draws = thread == 0 && rank == 0;
     auto& tiles = shared.tiles;
@@ -148,10 +171,10 @@ __device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogu
     Draw next;
     if (thread == 0) tiles.expect(0);
     if (draws) {
-        next.number = blockIdx.x / kCluster;
+        next.number = first_number();
         next.look_up(p);
         next.find_ends(p);
-        next.publish(tiles, 0);
+        tiles.publish(0, next.tiles[0], next.tiles[1]);
     }
     // Gathering, a thread copies one 16-byte piece of eight rows, 16 rows apart.
     const int piece = thread % 8;
@@ -181,7 +204,7 @@ __device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogu
                 if (k == 0) next.draw(p);
                 if (k == steps / 4) next.look_up(p);
                 if (k == steps / 2) next.find_ends(p);
-                if (k == steps * 3 / 4) next.publish(tiles, j + 1);
+                if (k == steps * 3 / 4) tiles.publish(j + 1, next.tiles[0], next.tiles[1]);
             }
             if (k == steps - 1) {
                 coming = tiles.wait(j + 1);
@@ -196,7 +219,8 @@ __device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogu
                 if (used) {
                     if (!kGather) ptx::tma_load_3d(a, &p.a, barrier, k * kTileK, tile.first, 0);
                     // Sharing, each block fetches half of the weights for both.
-                    const uint16_t blocks = tile.shared() ? 3 : 0;
+                    static_assert(kCluster == 2);
+                    const uint16_t blocks = tile.shared() ? kBothBlocks : 0;
 #pragma unroll
                     for (int half = 0; half < kCluster; ++half) {
                         if (half != rank && tile.shared()) continue;
@@ -230,18 +254,12 @@ __device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogu
 // A consumer warpgroup: 64 rows of every tile.
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
 __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogue::Arguments& args,
-                                        const Shared<kStages>& shared, unsigned char* staging, int consumer,
-                                        int thread) {
+                                        const Shared<kStages, Tile>& shared, int consumer, int thread) {
     constexpr int kWarps = kWarpgroup / kWarpSize;
-    const int steps = p.steps;
+    const int steps = p.steps, look_ahead_step = min(kLookAheadStep, steps - 1);
     const bool first_lane = thread % kWarpSize == 0;
     Ring<kStages> ring;
-    Epilogue epilogue(args, p, staging, consumer, thread);
-    // To both producers: either one's copies may fill the stage next.
-    auto give_back = [&](int stage, int warps) {
-#pragma unroll
-        for (int rank = 0; rank < kCluster; ++rank) ptx::mbarrier_arrive_in(shared.empty + stage, rank, warps);
-    };
+    Epilogue epilogue(args, p, shared.staging, consumer, thread);
     for (int j = 0;; ++j) {
         const Tile tile = shared.tiles.wait(j);
         if (tile.expert == kStop) break;
@@ -250,35 +268,15 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
         if (rows <= 0) {
             for (int k = 0; k < steps + Epilogue::kSteps; ++k, ring.advance()) {
                 ptx::mbarrier_wait(shared.full + ring.stage, ring.parity);
-                if (first_lane) give_back(ring.stage, 1);
+                if (first_lane) shared.give_back(ring.stage);
             }
             continue;
         }
         epilogue.begin(first, rows);
         float acc[kTileN / 2];
-        int before = 0;
-        for (int k = 0; k < steps; ++k, ring.advance()) {
-            if (k == min(2, steps - 1)) epilogue.look_ahead();
-            const unsigned char* a = shared.stages + ring.stage * kStageBytes;
-            ptx::mbarrier_wait(shared.full + ring.stage, ring.parity);
-            if (kGather) ptx::fence_async_proxy();  // what cp.async wrote
-            const uint64_t desc_a = ptx::descriptor_along(a + consumer * kChunkBytes);
-            const uint64_t desc_b =
-                kAcross ? ptx::descriptor_across(a + kABytes, kTileK * kRowBytes) : ptx::descriptor_along(a + kABytes);
-            ptx::wgmma_fence();
-#pragma unroll
-            for (int i = 0; i < kTileK / 16; ++i) {
-                ptx::Wgmma<T, kTileN, 0, kAcross>::run(acc, desc_a + i * ptx::kNextAlong,
-                                                       desc_b + i * (kAcross ? ptx::kNextAcross : ptx::kNextAlong),
-                                                       (k | i) != 0);
-            }
-            ptx::wgmma_commit();
-            ptx::wgmma_wait<1>();  // the step before this one has read its operands
-            if (k > 0 && first_lane) give_back(before, 1);
-            before = ring.stage;
-        }
-        ptx::wgmma_wait_all(acc);
-        if (first_lane) give_back(before, 1);
+        multiply<T, false, kAcross, kGather>(acc, shared, ring, steps, consumer, first_lane, [&](int k) {
+            if (k == look_ahead_step) epilogue.look_ahead();
+        });
         // The epilogue's own steps: it takes a stage once it has arrived, and thread 0 gives it back.
         auto take = [&] {
             const int stage = ring.stage;
@@ -286,24 +284,18 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
             ring.advance();
             return stage;
         };
-        epilogue.finish(tile, first, rows, acc, shared.stages, take, [&](int stage) { give_back(stage, kWarps); });
+        epilogue.finish(tile, first, rows, acc, shared.stages, take,
+                        [&](int stage) { shared.give_back(stage, kWarps); });
     }
     if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
-// kGather: A's rows are gathered. kAcross: W is stored across the reduction. Epilogue: what becomes of the
-// accumulators, see the op's file. It may ask for kSteps more stages a tile, which its load_step fills and its finish
-// gives back.
+// kGather: A's rows are gathered. kAcross: W is stored across the reduction. Epilogue: see EpilogueDefaults.
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     varlen_m_kernel(const __grid_constant__ VarlenM p, const __grid_constant__ typename Epilogue::Arguments args) {
     extern __shared__ unsigned char memory[];
-    unsigned char* stages = aligned(memory);
-    unsigned char* staging = stages + kStages * kStageBytes;
-    auto& tiles = *reinterpret_cast<TileRing<Tile>*>(staging + Epilogue::kStagingBytes);
-    uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
-    const Shared<kStages> shared{stages, tiles, full, full + kStages};
-    init_rings<kStages>(tiles, shared.full, shared.empty, kGather ? kWarpgroup + 1 : 1);
+    const auto shared = init_shared<kStages, Epilogue::kStagingBytes, Tile>(memory, kGather ? kWarpgroup + 1 : 1);
 
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
@@ -311,7 +303,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
         if (kGather || thread == 0) produce<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, thread);
     } else {
         take_registers<kGather ? 208 : 216>();
-        consume<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, staging, warpgroup - 1, thread);
+        consume<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, warpgroup - 1, thread);
     }
     ptx::cluster_sync();  // a block's shared memory must outlive what the other one sends there
 }
@@ -319,19 +311,14 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
-inline CUtensorMap weights_map(const Weights& w, int num_experts, uint32_t box_rows) {
-    return make_tensor_map(
-        {w.data, static_cast<uint64_t>(w.columns), static_cast<uint64_t>(w.rows), static_cast<uint64_t>(num_experts),
-         static_cast<uint64_t>(w.row_stride), static_cast<uint64_t>(w.expert_stride), box_rows, 1},
-        DType::kBFloat16);
+inline CUtensorMap weights_map(const Weights& w, int num_experts, int box_rows) {
+    return make_tensor_map({w.data, w.columns, w.rows, num_experts, w.row_stride, w.expert_stride, box_rows, 1},
+                           DType::kBFloat16);
 }
 
 // Rows [R, parts * width], contiguous, as [R, parts, width]: a box never runs from one part into the next.
 inline CUtensorMap rows_map(const void* data, int64_t rows, int64_t parts, int64_t width) {
-    return make_tensor_map(
-        {data, static_cast<uint64_t>(width), static_cast<uint64_t>(parts), static_cast<uint64_t>(rows),
-         static_cast<uint64_t>(width), static_cast<uint64_t>(parts * width), 1, kRows},
-        DType::kBFloat16);
+    return make_tensor_map({data, width, parts, rows, width, parts * width, 1, kRows}, DType::kBFloat16);
 }
 
 inline VarlenM varlen_m(const Plan& plan, int64_t columns, int tile_columns, int64_t reduced) {
@@ -345,22 +332,22 @@ inline VarlenM varlen_m(const Plan& plan, int64_t columns, int tile_columns, int
     p.steps = static_cast<int>(ceil_div(reduced, kTileK));
     p.group_pairs = 4;
     p.num_rows = plan.num_rows;
-    p.counter = plan.counter;
     return p;
 }
 
+// What every op over an expert's rows relies on.
+inline void require_rows_plan(const Needs& needs, const Plan& plan) {
+    needs.plan(plan);
+    needs.present("tiles", plan.tiles);
+    require(plan.num_tiles >= 1, needs.op, ": num_tiles must be positive, got ", plan.num_tiles);
+}
+
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
-void launch_varlen_m(const VarlenM& p, const typename Epilogue::Arguments& args, int num_sms, cudaStream_t stream) {
-    auto* kernel = varlen_m_kernel<T, kGather, kAcross, kStages, Epilogue>;
-    constexpr int kBytes = shared_bytes(kStages, Epilogue::kStagingBytes);
-    static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "shared memory");
-    const int64_t pairs = ceil_div(p.num_m_tiles, kCluster) * p.num_n_tiles;
-    if (pairs == 0) return;
-    const int blocks = kCluster * static_cast<int>(std::min<int64_t>(num_sms / kCluster, pairs));
-    check(cudaMemsetAsync(p.counter, 0, sizeof(int), stream), "clear the counter of tiles");
-    kernel<<<blocks, kBlockThreads, kBytes, stream>>>(p, args);
-    check_launch(Epilogue::kName);
+void launch_varlen_m(VarlenM p, const typename Epilogue::Arguments& args, const Launch& launch) {
+    p.counter = launch.counter;
+    launch_clusters<kStages, Epilogue::kStagingBytes>(
+        Epilogue::kName, varlen_m_kernel<T, kGather, kAcross, kStages, Epilogue>,
+        ceil_div(p.num_m_tiles, kCluster) * p.num_n_tiles, launch, p, args);
 }
 
 }  // namespace moe_kernels

@@ -32,12 +32,15 @@ OPS = (
     "d_activation",
     "grouped_wgrad",
     "combine",
+    "decode_experts",
 )
 
 #: Which backend has which op; the module is ``backends/<backend>/<op>.py`` (a ``_bwd`` lives beside its forward).
 IMPLEMENTS = {
-    "cuda": frozenset({"routing_plan", "combine", "gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"}),
-    "triton": frozenset(OPS) - {"topk_route", "topk_route_bwd"},
+    "cuda": frozenset(
+        {"routing_plan", "combine", "gate_up", "grouped_gemm", "d_activation", "grouped_wgrad", "decode_experts"}
+    ),
+    "triton": frozenset(OPS) - {"topk_route", "topk_route_bwd", "decode_experts"},
     "reference": frozenset(OPS),
 }
 
@@ -102,6 +105,16 @@ def why_not(backend: str, op: str, problem: Problem) -> str | None:
     if op not in IMPLEMENTS[backend]:
         return f"{backend} does not implement {op}"
     return importlib.import_module(f"moe_kernels.backends.{backend}").supports(op, problem)
+
+
+def is_first(backend: str, op: str, problem: Problem) -> bool:
+    """Whether ``backend`` runs ``op`` here, unless another one is forced: for what has a slower way to do the same."""
+    return forced_backend() in (None, backend) and _can(backend, op, problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def _can(backend: str, op: str, problem: Problem) -> bool:
+    return why_not(backend, op, problem) is None
 
 
 def resolve(op: str, problem: Problem) -> Choice:

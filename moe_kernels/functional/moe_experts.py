@@ -11,18 +11,18 @@ live X, H, the plan and the routing weights. Source of the algorithm: SonicMoE (
 order and the column chunks of large Y and dX are ours. Shape letters: T K R E D I, and N = 2I (gated) or I.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from moe_kernels import backends
+from moe_kernels.functional._autocast import products_dtype, without_autocast
+from moe_kernels.functional._experts_contract import check
 from moe_kernels.functional.grouped_gemm import row_sums
-from moe_kernels.functional.routing_plan import RoutingPlan, check_plan, refuse_double_backward
-from moe_kernels.ops._contract import FLOATS, check_activation, check_device, describe, fail, is_gated
-
-RECOMPUTE = (None, "pre_activation")
+from moe_kernels.functional.routing_plan import MIN_BLOCK_M, RoutingPlan, refuse_double_backward, routing_plan
+from moe_kernels.ops import decode_experts
 
 #: Y and dX rows may take as much memory as the gradient of w_gate_up would, which never lives beside them, or this
 #: much if that is less; beyond it they are made and summed fewer columns at a time.
@@ -34,14 +34,13 @@ class _How(NamedTuple):
     activation: str
     store_h: bool  # False: nobody needs H, or the backward makes it again
     recompute: bool
-    over_h: bool  # the backward may write dH over H
     dtype: torch.dtype  # of the products; a parameter of another dtype is cast here and gets its gradient in its own
 
 
 def moe_experts(
     x_TD: Tensor,
     routing_weights_TK: Tensor,
-    plan: RoutingPlan,
+    routing: RoutingPlan | Tensor,
     w_gate_up_E2ID: Tensor,
     w_down_EDI: Tensor,
     *,
@@ -55,7 +54,9 @@ def moe_experts(
     Args:
         x_TD: tokens [T, D].
         routing_weights_TK: [T, K], any float dtype; multiplies the expert outputs (after the down bias).
-        plan: :func:`routing_plan` of the [T, K] expert indices.
+        routing: expert indices [T, K] (below 0 or >= E: no expert), or their :func:`routing_plan`, which a caller makes
+            once where several layers share it. Given indices, few tokens that need no gradient take one op that makes
+            no plan (``ops/decode_experts.py``).
         w_gate_up_E2ID: [E, 2I, D], gate rows before up rows; [E, I, D] for a non-gated activation.
         w_down_EDI: [E, D, I].
         activation: gated "swiglu", "geglu", "geglu_tanh"; non-gated "relu2", "gelu", "gelu_tanh", "silu".
@@ -74,19 +75,31 @@ def moe_experts(
         RuntimeError: a second backward over a consumed graph, a double backward, a forced backend that can't run.
     """
     tensors = (x_TD, routing_weights_TK, w_gate_up_E2ID, w_down_EDI, bias_gate_up_E2I, bias_down_ED)
-    _check(*tensors, plan, activation, recompute)
+    check(*tensors, routing, activation, recompute)
     needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not isinstance(routing, RoutingPlan):
+        if not needs_backward:
+            decode = x_TD, routing, routing_weights_TK, w_gate_up_E2ID, bias_gate_up_E2I, w_down_EDI, bias_down_ED
+            if _decodes(*decode, activation):
+                return torch.ops.moe_kernels.decode_experts(*decode, activation)
+        routing = routing_plan(routing, w_gate_up_E2ID.shape[0])
     how = _How(
         activation,
         store_h=needs_backward and recompute is None,
         recompute=recompute is not None,
-        over_h=not torch.compiler.is_compiling(),  # a compiler would copy H first: no gain
-        dtype=_compute_dtype(x_TD),
+        dtype=products_dtype(x_TD, x_TD.device.type),
     )
     x = x_TD.to(how.dtype)
-    h_RN, a_RI = _GateUp.apply(x, w_gate_up_E2ID, bias_gate_up_E2I, plan, how)
-    again = (x, w_gate_up_E2ID, bias_gate_up_E2I) if how.recompute and needs_backward else (None, None, None)
-    out_TD = _Down.apply(h_RN, a_RI, routing_weights_TK, w_down_EDI, bias_down_ED, again, plan, how)
+    if not needs_backward:
+        _, a_RI = _gate_up(x, w_gate_up_E2ID, bias_gate_up_E2I, routing, how, store_h=False, store_a=True)
+        inner = w_gate_up_E2ID.shape[1]
+        return _down(a_RI, w_down_EDI, bias_down_ED, routing_weights_TK, routing, inner, how).to(x_TD.dtype)
+    if torch.compiler.is_compiling():
+        leaves = w_gate_up_E2ID, bias_gate_up_E2I, routing_weights_TK, w_down_EDI, bias_down_ED
+        return _Compiled.apply(x, *leaves, routing, how).to(x_TD.dtype)
+    h_RN, a_RI = _GateUp.apply(x, w_gate_up_E2ID, bias_gate_up_E2I, routing, how)
+    again = (x, w_gate_up_E2ID, bias_gate_up_E2I) if how.recompute else (None, None, None)
+    out_TD = _Down.apply(h_RN, a_RI, routing_weights_TK, w_down_EDI, bias_down_ED, again, routing, how)
     return out_TD.to(x_TD.dtype)
 
 
@@ -108,18 +121,7 @@ class _GateUp(torch.autograd.Function):
     def backward(ctx, dh_RN, _):
         x_TD, w_E2ID, *tensors = ctx.saved_tensors
         plan = RoutingPlan(*tensors, ctx.block_m)
-        dx_TD = dw_E2ID = d_bias_E2I = None
-        if ctx.needs_input_grad[0]:
-            inner = w_E2ID.shape[1]
-            dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(ctx.dtype), None, None, plan, inner, trans_w=False)
-        _, needs_w, needs_bias, *_ = ctx.needs_input_grad
-        if needs_w:
-            dw_E2ID, d_bias_E2I = torch.ops.moe_kernels.grouped_wgrad(
-                dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", needs_bias, w_E2ID.dtype
-            )
-        elif needs_bias:
-            d_bias_E2I = row_sums(dh_RN, plan, w_E2ID.dtype)
-        return dx_TD, dw_E2ID, d_bias_E2I if needs_bias else None, None, None
+        return *_d_gate_up(dh_RN, x_TD, w_E2ID, plan, ctx.dtype, *ctx.needs_input_grad[:3]), None, None
 
 
 class _Down(torch.autograd.Function):
@@ -127,9 +129,7 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h_RN, a_RI, weights_TK, w_EDI, bias_ED, again, plan, how):
-        out_TD = _row_product_and_sum(
-            a_RI, w_EDI.to(how.dtype), _to(bias_ED, how.dtype), weights_TK, plan, h_RN.shape[1], trans_w=True
-        )
+        out_TD = _down(a_RI, w_EDI, bias_ED, weights_TK, plan, h_RN.shape[1], how)
         ctx.save_for_backward(h_RN, weights_TK, w_EDI, bias_ED, *plan[:4], *again)
         ctx.block_m, ctx.how, ctx.consumed = plan.block_m, how, None
         return out_TD
@@ -143,19 +143,18 @@ class _Down(torch.autograd.Function):
         if needs_h or needs_weights or needs_w:
             if how.recompute:
                 h_RN, _ = _gate_up(*again, plan, how, store_h=True, store_a=False)
-            dh_RN, a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI.to(how.dtype), h_RN, weights_TK, plan)
+            a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan)
+            dh_RN = h_RN
         if needs_w:
-            dw_EDI, _ = torch.ops.moe_kernels.grouped_wgrad(
-                d_out_TD, a_scaled_RI, plan.offsets_E1, plan.slots_R, plan.top_k, "lhs", False, w_EDI.dtype
-            )
-        if bias_ED is not None and needs_weights:
-            d_weights_TK = d_weights_TK + _down_bias_in_d_weights(d_out_TD, bias_ED, plan)
+            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI.dtype)
+        if needs_weights:
+            d_weights_TK = _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
         if needs_bias:
             d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
         return (
             dh_RN if needs_h else None,
             None,
-            d_weights_TK.to(weights_TK.dtype) if needs_weights else None,
+            d_weights_TK if needs_weights else None,
             dw_EDI,
             d_bias_ED,
             None,
@@ -164,7 +163,53 @@ class _Down(torch.autograd.Function):
         )
 
 
+class _Compiled(torch.autograd.Function):
+    """Both in one, for torch.compile, whose backward is one graph that gives its gradients away at its end.
+
+    dW_down comes last there: made first it would live beside dH, which is larger than A'. dH gets memory of its own,
+    since a compiler copies H before an op that writes over it, and so a graph may be used twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, plan, how):
+        h_RN, a_RI = _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, store_h=how.store_h, store_a=True)
+        ctx.save_for_backward(x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, h_RN, *plan[:4])
+        ctx.block_m, ctx.how = plan.block_m, how
+        return _down(a_RI, w_EDI, bias_ED, weights_TK, plan, w_E2ID.shape[1], how)
+
+    @staticmethod
+    def backward(ctx, d_out_TD):
+        refuse_double_backward("moe_experts")
+        x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, h_RN, *tensors = ctx.saved_tensors
+        plan, how, d_out_TD = RoutingPlan(*tensors, ctx.block_m), ctx.how, d_out_TD.contiguous()
+        *needs_gate_up, needs_weights, needs_w, needs_bias, _, _ = ctx.needs_input_grad
+        d_gate_up, d_weights_TK, dw_EDI, d_bias_ED = (None, None, None), None, None, None
+        if any(needs_gate_up) or needs_weights or needs_w:
+            if how.recompute:
+                h_RN, _ = _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, store_h=True, store_a=False)
+            arguments = _of_d_activation(d_out_TD, w_EDI, h_RN, weights_TK, plan, how)
+            dh_RN, a_scaled_RI, d_weights_TK = torch.ops.moe_kernels.d_activation(*arguments)
+            d_gate_up = _d_gate_up(dh_RN, x_TD, w_E2ID, plan, how.dtype, *needs_gate_up)
+        if needs_w:
+            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI.dtype)
+        if needs_weights:
+            d_weights_TK = _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
+        if needs_bias:
+            d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
+        return *d_gate_up, d_weights_TK if needs_weights else None, dw_EDI, d_bias_ED, None, None
+
+
 # The steps
+
+
+def _decodes(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation) -> bool:
+    """Whether decode_experts has a kernel for these arguments and few enough rows an expert to be the faster way."""
+    if indices_TK.numel() > min(decode_experts.MAX_ROWS, MIN_BLOCK_M * w_END.shape[0]) or torch.compiler.is_compiling():
+        return False
+    if not w_END.dtype == w_EDI.dtype == x_TD.dtype == products_dtype(x_TD, x_TD.device.type):
+        return False
+    arguments = x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation
+    return backends.is_first("cuda", "decode_experts", decode_experts.problem(*arguments))
 
 
 def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
@@ -181,6 +226,11 @@ def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
         store_h,
         store_a,
     )
+
+
+def _down(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how):
+    w_EDI, bias_ED = w_EDI.to(how.dtype), _to(bias_ED, how.dtype)
+    return _row_product_and_sum(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, trans_w=True)
 
 
 def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, *, trans_w) -> Tensor:
@@ -205,28 +255,34 @@ def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, *, trans_w) 
 
 def _chunk_columns(a_RC: Tensor, width: int, gate_up_elements: int) -> int:
     """How many of the ``width`` columns of a row buffer to make at a time."""
+    if torch.compiler.is_compiling():  # first: a comparison of a symbolic T would be a guard
+        return width
     allowed = max(_ROW_BUFFER_BYTES, gate_up_elements * a_RC.element_size())
     needed = a_RC.shape[0] * width * a_RC.element_size()
-    if needed <= allowed or torch.compiler.is_compiling():
+    if needed <= allowed:
         return width
     chunks = -(-needed // allowed)
     return min(width, -(-width // (chunks * _CHUNK_COLUMNS)) * _CHUNK_COLUMNS)
 
 
-def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
-    arguments = (
+def _of_d_activation(d_out_TD, w_EDI, h_RN, weights_TK, plan, how) -> tuple:
+    """The arguments of both its forms."""
+    return (
         d_out_TD,
-        w_EDI,
+        w_EDI.to(how.dtype),
         h_RN,
         weights_TK,
         plan.offsets_E1,
         plan.slots_R,
         plan.tiles_2M,
         plan.block_m,
-        ctx.how.activation,
+        how.activation,
     )
-    if not ctx.how.over_h:
-        return torch.ops.moe_kernels.d_activation(*arguments)
+
+
+def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
+    """(A', dS); dH is written over H."""
+    arguments = _of_d_activation(d_out_TD, w_EDI, h_RN, weights_TK, plan, ctx.how)
     a_scaled_RI, d_weights_TK = torch.ops.moe_kernels.d_activation_(*arguments)
     if not ctx.how.recompute:
         torch.autograd.graph.increment_version(h_RN)  # autograd itself then refuses a second backward
@@ -234,7 +290,34 @@ def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
     if torch.is_anomaly_enabled():  # it looks for NaN in all rows, and those of dropped slots are not written
         past_R = torch.arange(h_RN.shape[0], device=h_RN.device) >= plan.offsets_E1[-1]
         h_RN.masked_fill_(past_R[:, None], 0)
-    return h_RN, a_scaled_RI, d_weights_TK
+    return a_scaled_RI, d_weights_TK
+
+
+def _d_w_down(d_out_TD, a_scaled_RI, plan, dtype) -> Tensor:
+    return torch.ops.moe_kernels.grouped_wgrad(
+        d_out_TD, a_scaled_RI, plan.offsets_E1, plan.slots_R, plan.top_k, "lhs", False, dtype
+    )[0]
+
+
+def _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
+    if bias_ED is not None:
+        d_weights_TK = d_weights_TK + _down_bias_in_d_weights(d_out_TD, bias_ED, plan)
+    return d_weights_TK.to(weights_TK.dtype)
+
+
+def _d_gate_up(dh_RN, x_TD, w_E2ID, plan, dtype, needs_x, needs_w, needs_bias) -> tuple:
+    """dX, dW_gate_up and its bias's gradient, from dH."""
+    dx_TD = dw_E2ID = d_bias_E2I = None
+    if needs_x:
+        inner = w_E2ID.shape[1]
+        dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(dtype), None, None, plan, inner, trans_w=False)
+    if needs_w:
+        dw_E2ID, d_bias_E2I = torch.ops.moe_kernels.grouped_wgrad(
+            dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", needs_bias, w_E2ID.dtype
+        )
+    elif needs_bias:
+        d_bias_E2I = row_sums(dh_RN, plan, w_E2ID.dtype)
+    return dx_TD, dw_E2ID, d_bias_E2I if needs_bias else None
 
 
 def _saved(ctx):
@@ -271,7 +354,7 @@ def _expert_TK(plan: RoutingPlan) -> Tensor:
 def _down_bias_in_d_weights(d_out_TD, bias_ED, plan) -> Tensor:
     """<dO[t], b[e]> for each slot: the bias is part of what the routing weight multiplies."""
     acc = torch.promote_types(d_out_TD.dtype, torch.float32)
-    with _without_autocast(d_out_TD.device.type):
+    with without_autocast(d_out_TD.device.type):
         dots_TE = d_out_TD.to(acc) @ bias_ED.to(acc).T
     dots_TE1 = torch.nn.functional.pad(dots_TE, (0, 1))
     return dots_TE1.gather(1, _expert_TK(plan))
@@ -285,73 +368,9 @@ def _d_down_bias(d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
     weights_TE = d_out_TD.new_zeros((d_out_TD.shape[0], plan.num_experts), dtype=acc)
     for k in range(plan.top_k):  # adds in a fixed order, where a scatter of repeated ids would not
         weights_TE += torch.where(expert_TK[:, k, None] == experts_E, weights_TK[:, k, None].to(acc), 0)
-    with _without_autocast(d_out_TD.device.type):
+    with without_autocast(d_out_TD.device.type):
         return (weights_TE.T @ d_out_TD.to(acc)).to(bias_ED.dtype)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
-
-
-def _without_autocast(device: str):
-    """For a backward that is called inside an autocast region."""
-    return torch.autocast(device, enabled=False) if _under_autocast(device) else contextlib.nullcontext()
-
-
-def _under_autocast(device: str) -> bool:
-    # A device without autocast (meta) would make the query raise; Dynamo can't trace the first question.
-    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return available and torch.is_autocast_enabled(device)
-
-
-def _compute_dtype(x_TD: Tensor) -> torch.dtype:
-    if x_TD.dtype == torch.float64 or not _under_autocast(x_TD.device.type):  # autocast leaves float64 alone
-        return x_TD.dtype
-    return torch.get_autocast_dtype(x_TD.device.type)
-
-
-def _check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, plan, activation, recompute):
-    op = "moe_experts"
-    check_activation(op, activation)
-    if recompute not in RECOMPUTE:
-        fail(op, "recompute", recompute, 'None or "pre_activation"')
-    check_plan(op, plan)
-    named = {
-        "x": x_TD,
-        "routing_weights": weights_TK,
-        "w_gate_up": w_gate_up,
-        "w_down": w_down,
-        "bias_gate_up": bias_gate_up,
-        "bias_down": bias_down,
-    }
-    for name, tensor in named.items():
-        if tensor is not None or not name.startswith("bias"):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{op}: {name} must be a tensor, got {describe(tensor)}")
-            if tensor.dtype not in FLOATS:
-                raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {describe(tensor)}")
-            check_device(op, name, tensor, x_TD, "x")
-    if x_TD.dim() != 2 or 0 in x_TD.shape[1:]:
-        fail(op, "x", x_TD, "2-dimensional, [T, D], with D > 0")
-    if x_TD.shape[0] != plan.positions_TK.shape[0]:
-        fail(op, "x", x_TD, f"of {plan.positions_TK.shape[0]} tokens, as the plan is for")
-    if tuple(weights_TK.shape) != tuple(plan.positions_TK.shape):
-        fail(op, "routing_weights", weights_TK, f"shaped like the plan's indices {list(plan.positions_TK.shape)}")
-    if w_gate_up.dim() != 3 or 0 in w_gate_up.shape:
-        fail(op, "w_gate_up", w_gate_up, "3-dimensional, [E, 2I, D] (gated) or [E, I, D], without a size of 0")
-    if w_gate_up.shape[0] != plan.num_experts:
-        fail(op, "w_gate_up", w_gate_up, f"of {plan.num_experts} experts, as the plan is for")
-    inner = w_gate_up.shape[1] // (2 if is_gated(activation) else 1)
-    if tuple(w_down.shape) != (w_gate_up.shape[0], w_gate_up.shape[2], inner):
-        accepted = f"[E, D, I] = {[w_gate_up.shape[0], w_gate_up.shape[2], inner]} to match w_gate_up and {activation}"
-        fail(op, "w_down", w_down, accepted)
-    for name, weight, bias in (("bias_gate_up", w_gate_up, bias_gate_up), ("bias_down", w_down, bias_down)):
-        if bias is not None and tuple(bias.shape) != tuple(weight.shape[:2]):
-            fail(op, name, bias, f"of shape {list(weight.shape[:2])}")
-        if bias is not None and bias.dtype != weight.dtype:
-            raise TypeError(f"{op}: {name} must be {weight.dtype} like its weight, got {describe(bias)}")
-    if _under_autocast(x_TD.device.type):
-        return
-    for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
-        if tensor.dtype != x_TD.dtype:
-            raise TypeError(f"{op}: {name} must be {x_TD.dtype} like x (or run under autocast), got {describe(tensor)}")

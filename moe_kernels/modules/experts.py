@@ -3,8 +3,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.functional import RoutingPlan, moe_experts, routing_plan
-from moe_kernels.functional.moe_experts import RECOMPUTE
+from moe_kernels.functional import RoutingPlan, moe_experts
+from moe_kernels.functional._experts_contract import RECOMPUTE
 from moe_kernels.modules._arguments import one_of, positive
 from moe_kernels.ops._contract import ACTIVATIONS, is_gated
 
@@ -76,11 +76,10 @@ class Experts(nn.Module):
             routing_weights_TK: [T, K].
             routing: expert indices [T, K] (below 0 or >= E: no expert), or their ``functional.routing_plan``.
         """
-        plan = routing if isinstance(routing, RoutingPlan) else routing_plan(routing, self.num_experts)
         return moe_experts(
             x_TD,
             routing_weights_TK,
-            plan,
+            routing,
             getattr(self, self._up_name),
             self.down_proj,
             activation=self.activation,

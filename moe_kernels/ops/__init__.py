@@ -6,6 +6,7 @@ import torch.utils.checkpoint
 from moe_kernels.ops import (  # noqa: F401  imported for their torch.library definitions
     combine,
     d_activation,
+    decode_experts,
     gate_up,
     grouped_gemm,
     grouped_wgrad,

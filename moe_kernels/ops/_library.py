@@ -13,6 +13,7 @@ from moe_kernels import backends
 
 NAMESPACE = "moe_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_asked: dict[str, Callable[..., backends.Choice]] = {}  # by the name in the schema
 
 
 def define(schema: str, *, check: Callable, fake: Callable, problem: Callable, kernel: Callable | None = None) -> None:
@@ -28,6 +29,7 @@ def define(schema: str, *, check: Callable, fake: Callable, problem: Callable, k
     """
     name = schema.partition("(")[0]
     op = name.rstrip("_")  # d_activation_ is d_activation writing over its input: one backend function
+    _asked[name] = lambda *args: backends.resolve(op, problem(*args))
 
     def eager(*args):
         check(*args)
@@ -41,3 +43,8 @@ def define(schema: str, *, check: Callable, fake: Callable, problem: Callable, k
     _library.define(schema)
     _library.impl(name, eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", abstract, lib=_library)
+
+
+def choice(name: str, *args) -> backends.Choice:
+    """What runs ``torch.ops.moe_kernels.<name>`` on these arguments."""
+    return _asked[name](*args)

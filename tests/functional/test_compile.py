@@ -1,7 +1,13 @@
 """torch.compile of the functional layer: one graph, forward and backward equal to eager, few recompilations."""
 
+import ast
+import math
+import re
+import shutil
+
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from moe_kernels import use_backend
 from moe_kernels.functional import moe_experts, permute, routing_plan, topk_route, unpermute
@@ -99,3 +105,27 @@ def test_permute_and_unpermute():
     assert_close(out, (p.x * 4).double())
     out.backward(p.d_out)
     assert_close(x.grad, (p.d_out * 4).double())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++ for a CPU")
+@pytest.mark.parametrize("recompute", [None, "pre_activation"], ids=["save-h", "recompute"])
+def test_inductor_copies_neither_rows_nor_weights(recompute):
+    """What it allocates beside the outputs of our ops is no larger than x; dW_down comes last, when dH is gone."""
+    p = Problem(Case(24, 2, 2, 16, 64))
+    inputs = leaves(p)
+
+    def step(function):
+        out = function(*inputs, "swiglu", recompute)
+        return [out, *torch.autograd.grad(out, inputs, p.d_out)]
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        results, codes = run_and_get_code(step, torch.compile(layer, fullgraph=True))
+    for ours, eager in zip(results, step(layer), strict=True):
+        assert_close(ours, eager.double())
+    assert len(codes) == 2
+    for code in codes:
+        call = code[code.index("def call(") : code.index("return (", code.index("def call("))]
+        shapes = [ast.literal_eval(shape) for shape in re.findall(r"= empty_strided_cpu\((\([^)]*\))", call)]
+        assert shapes and max(map(math.prod, shapes)) <= p.x.numel()
+        assert not re.search(r"clone|copy_|as_strided", call)
+    assert re.findall(r"grouped_wgrad.*'([lr]hs)'", call) == ["rhs", "lhs"]

@@ -289,6 +289,53 @@ def test_forward_without_a_backward_keeps_nothing(op_counter):
     assert op_counter.calls == {"gate_up": 2, "grouped_gemm": 2, "combine": 2}
 
 
+@BOTH
+def test_indices_instead_of_their_plan(recompute):
+    p = Problem(CASES[3])
+    results = []
+    for routing in (p.indices, routing_plan(p.indices, p.case.E)):
+        inputs = inputs_of(p)
+        out = run(p, inputs, recompute, plan=routing)
+        results.append([out, *gradients(out, inputs, p.d_out).values()])
+    assert all(bitwise_equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("routing", ["indices", "plan"])
+def test_forward_without_a_backward_gives_the_same(routing):
+    p = Problem(CASES[3])
+    inputs, indices_or_plan = inputs_of(p), getattr(p, routing)
+    expected = run(p, inputs, plan=indices_or_plan)
+    with torch.no_grad():
+        out = run(p, inputs, plan=indices_or_plan)
+    assert expected.requires_grad and not out.requires_grad and bitwise_equal(out, expected.detach())
+
+
+FEW = Case(10, 2, 4, 8, 5, block_m=16)
+
+
+@pytest.mark.parametrize(
+    "what,decodes",
+    [
+        ("indices", True),
+        ("plan", False),
+        ("gradient", False),
+        ("many rows an expert", False),
+        ("autocast", False),
+        ("no kernel", False),
+    ],
+)
+def test_few_tokens_without_a_gradient_need_no_plan(what, decodes, monkeypatch, op_counter):
+    p = Problem(FEW._replace(E=1) if what == "many rows an expert" else FEW)
+    monkeypatch.setattr(module.backends, "is_first", lambda *_: what != "no kernel")  # here the reference stands in
+    inputs = inputs_of(p, frozen=() if what == "gradient" else NAMES)
+    with op_counter, torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        out = run(p, inputs, plan=p.plan if what == "plan" else p.indices)
+    assert op_counter.calls.get("decode_experts", 0) == (1 if decodes else 0), op_counter.calls
+    if decodes:
+        assert sum(op_counter.calls.values()) == 1
+        assert_close(out, naive(p, inputs))
+
+
 @contextlib.contextmanager
 def saved_tensors():
     """address of the storage -> a tensor on it, for everything autograd saves inside."""

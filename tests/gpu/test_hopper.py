@@ -90,6 +90,20 @@ def test_values(case, poison):
     check(case)
 
 
+#: About twenty tiles a cluster, most of one step: the ring of eight published tiles goes round while others draw.
+MANY_TILES = [
+    Case(40000, 2, 64, 64, 392, block_m=128),  # gate_up: the shortest reduction
+    Case(40000, 2, 64, 1024, 64, block_m=128),  # down
+    Case(8000, 2, 1024, 256, 136, block_m=128),  # weight gradients: few rows an expert
+    Case(200, 2, 4, 4160, 2056, block_m=128),  # wide weight gradients
+]
+
+
+@pytest.mark.parametrize("case", MANY_TILES, ids=str)
+def test_many_tiles(case, poison):
+    check(case)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_problems(seed, poison):
     r = random.Random(seed)
@@ -145,6 +159,24 @@ def test_over_h_gives_the_same_bits():
     assert bitwise_equal(over[0][: p.kept], apart[0][: p.kept]) and bitwise_equal(over[1], apart[1])
 
 
+def test_h_that_is_not_aligned():
+    """The copy engine can't write over it where it lies."""
+    p = Problem(CASES[9], "cuda", BF16)
+    rest = (p.weights, *p.plan[:2], p.plan.tiles_2M, p.plan.block_m, "swiglu")
+    expected = ops.d_activation(p.d_out, p.w_down, p.h, *rest)
+    memory = torch.full((p.h.numel() + 16,), 7.0, device="cuda", dtype=BF16)
+    h = memory[3:-13].view_as(p.h)
+    h.copy_(p.h)
+    apart = ops.d_activation(p.d_out, p.w_down, h, *rest)
+    assert bitwise_equal(h, p.h), "h was written over"
+    over = ops.d_activation_(p.d_out, p.w_down, h, *rest)
+    for dh, a_scaled, d_s in (apart, (h, *over)):
+        assert bitwise_equal(dh[: p.kept], expected[0][: p.kept])
+        assert bitwise_equal(a_scaled[: p.kept], expected[1][: p.kept]) and bitwise_equal(d_s, expected[2])
+    assert bitwise_equal(h[p.kept :], p.h[p.kept :]), "rows no expert owns were written"
+    assert (memory[:3] == 7).all() and (memory[-13:] == 7).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_weights_of_other_dtypes(dtype):
     p = Problem(CASES[5], "cuda", BF16)
@@ -168,6 +200,45 @@ def test_rows_and_slices_that_are_not_aligned():
     for columns in (slice(64, 128), slice(3, 67)):
         y = ops.grouped_gemm(p.a, p.w_down[:, columns], None, offsets, tiles, block_m, True)
         assert bitwise_equal(y[: p.kept], expected[:, columns].contiguous())
+
+
+TENSORS = ("x", "d_out", "w_gate_up", "w_down", "h", "a")
+
+
+@pytest.mark.parametrize("stride", [0, 3, 2**40])
+@pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=str)  # T, R and E are 1; E is 1
+def test_a_size_of_one_may_have_any_stride(case, stride):
+    p = Problem(case, "cuda", BF16)
+    expected = products(p)
+    for name in TENSORS:
+        tensor = getattr(p, name)
+        strides = [stride if size == 1 else old for size, old in zip(tensor.shape, tensor.stride())]
+        setattr(p, name, tensor.as_strided(tensor.shape, strides))
+    for name, result in products(p).items():
+        assert bitwise_equal(result, expected[name]), name
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[5]], ids=str)  # one expert, three
+def test_permuted_weights(case):
+    p = Problem(case, "cuda", BF16)
+    expected = products(p)
+    for name in ("w_gate_up", "w_down"):
+        setattr(p, name, getattr(p, name).transpose(0, 1).contiguous().transpose(0, 1))
+    for name, result in products(p).items():
+        assert bitwise_equal(result, expected[name]), name
+
+
+def test_expanded_tensors():
+    """The same weights for every expert, and what sum().backward() hands back: their strides are 0."""
+    p = Problem(CASES[5], "cuda", BF16)
+    names = ("x", "d_out", "w_gate_up", "w_down")
+    for name in names:
+        setattr(p, name, getattr(p, name)[:1].expand_as(getattr(p, name)))
+    found = products(p)
+    for name in names:
+        setattr(p, name, getattr(p, name).contiguous())
+    for name, result in products(p).items():
+        assert bitwise_equal(result, found[name]), name
 
 
 def test_two_streams_at_once():

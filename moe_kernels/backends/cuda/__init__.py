@@ -1,7 +1,8 @@
 """CUDA C++ kernels of the extension module ``moe_kernels._C``.
 
-``routing_plan`` and ``combine`` run on every architecture, in float32, bfloat16 and float16; the products over an
-expert's rows on Hopper, in bfloat16, for what most models ask of them (``_hopper``). Triton does the rest.
+``routing_plan`` and ``combine`` run on every architecture, in float32, bfloat16 and float16, ``decode_experts`` in the
+two 16-bit types; the products over an expert's rows on Hopper, in bfloat16, for what most models ask of them
+(``_hopper``). Triton does the rest.
 
 The extension is optional: built without nvcc, or on a machine whose driver or GPU it can't serve, the package works
 and ``supports`` says why this backend does not.
@@ -21,9 +22,19 @@ def supports(op: str, problem) -> str | None:
     if problem.dtype is not None and problem.dtype not in _extension.dtype_codes():
         return f"no kernel for {str(problem.dtype).removeprefix('torch.')}"
     for size in problem.dims:
+        if size == 0:
+            return "no kernel for a width of 0"
         if size % 8:
             return f"width {size} is not a multiple of 8"
+    if op == "decode_experts":
+        return _decode(problem)
     return _hopper(op, problem) if op in _HOPPER else None
+
+
+def _decode(problem) -> str | None:
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernel takes bfloat16 and float16, not {str(problem.dtype).removeprefix('torch.')}"
+    return "no kernel for transposed weights" if "transposed weights" in problem.traits else None
 
 
 _HOPPER = {"gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"}

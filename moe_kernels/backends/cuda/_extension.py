@@ -72,30 +72,48 @@ def dtype_codes() -> dict[torch.dtype | None, int]:
     }
 
 
+@functools.cache
+def activation_codes() -> dict[str, int]:
+    return _load().ACTIVATIONS
+
+
 def routing_plan_workspace(num_slots: int, num_experts: int) -> int:
     return _load().routing_plan_workspace(num_slots=num_slots, num_experts=num_experts)
 
 
 def launch(name: str, device: torch.device, **arguments) -> None:
     """Run a kernel of ``_C`` on the current stream of ``device``, which need not be the current device."""
+    run = getattr(_load(), name)
+    # The handle itself, as Triton's launcher asks for it: torch.cuda.current_stream() makes an object, 6 µs.
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch.cuda.current_device():
+        run(**arguments, stream=stream)
+        return
     with torch.cuda.device(device):
-        getattr(_load(), name)(**arguments, stream=torch.cuda.current_stream(device).cuda_stream)
+        run(**arguments, stream=stream)
 
 
 def has_sm90() -> bool:
     """Whether the Hopper kernels were compiled."""
     extension = _load()
-    return not isinstance(extension, ImportError) and extension.sm90
+    return getattr(extension, "sm90", False)
+
+
+def tile_columns() -> int:
+    """Width of the Hopper kernels' tile of a product."""
+    return _load().TILE_N
 
 
 @functools.cache
-def _num_sms(device: torch.device) -> int:
+def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch_sm90(name: str, device: torch.device, **arguments) -> None:
-    """The same for a kernel that puts one block on each multiprocessor."""
-    launch(name, device, **arguments, num_sms=_num_sms(device))
+    """The same for a kernel whose blocks, one a multiprocessor, draw their tiles from a counter."""
+    # Alive until the kernel is in the stream: whatever gets this memory next comes after it.
+    counter = torch.empty(1, dtype=torch.int32, device=device)
+    launch(name, device, **arguments, num_sms=num_sms(device), counter=address(counter))
 
 
 def plan_of(offsets_E1, slots_R, tiles_2M, rows: int, top_k: int):
@@ -108,8 +126,6 @@ def plan_of(offsets_E1, slots_R, tiles_2M, rows: int, top_k: int):
         num_experts=offsets_E1.shape[0] - 1,
         num_rows=rows,
         top_k=top_k,
-        # Freed at once: whatever gets this memory next comes after the kernel in the stream.
-        counter=address(offsets_E1.new_empty(1)),
     )
 
 

@@ -1,9 +1,15 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.backends.cuda._extension import address, aligned_rows, dtype_codes, launch_sm90, plan_of, weights_of
-
-_TILE_COLUMNS = 256  # of the kernel: each makes a partial sum of dS
+from moe_kernels.backends.cuda._extension import (
+    address,
+    aligned_rows,
+    dtype_codes,
+    launch_sm90,
+    plan_of,
+    tile_columns,
+    weights_of,
+)
 
 
 def d_activation(
@@ -20,20 +26,22 @@ def d_activation(
 ) -> tuple[Tensor, Tensor]:
     rows, inner = h_RN.shape[0], w_down_EDI.shape[2]
     a_RI = h_RN.new_empty(rows, inner)
-    # Zeros: no row writes the slot of a dropped pair.
-    partial = h_RN.new_zeros((-(-inner // _TILE_COLUMNS), *weights_TK.shape), dtype=torch.float32)
+    # A partial sum of dS for each tile of columns. Zeros: no row writes the slot of a dropped pair.
+    partial = h_RN.new_zeros((-(-inner // tile_columns()), *weights_TK.shape), dtype=torch.float32)
     if rows == 0:
         return a_RI, partial[0]
     d_out_TD, w_down_EDI, weights_TK = aligned_rows(d_out_TD), aligned_rows(w_down_EDI), weights_TK.contiguous()
     if weights_TK.dtype not in dtype_codes():
         weights_TK = weights_TK.float()
+    source_RN = aligned_rows(h_RN)
+    target_RN = source_RN if dh_RN is h_RN else dh_RN
     launch_sm90(
         "d_activation",
         h_RN.device,
-        dh=address(dh_RN),
+        dh=address(target_RN),
         a=address(a_RI),
         partial=address(partial),
-        h=address(h_RN),
+        h=address(source_RN),
         d_out=address(d_out_TD),
         d_out_stride=d_out_TD.stride(0),
         w=weights_of(w_down_EDI),
@@ -43,4 +51,6 @@ def d_activation(
         reduced=d_out_TD.shape[1],
         plan=plan_of(offsets_E1, slots_R, tiles_2M, rows, weights_TK.shape[1]),
     )
+    if target_RN is not dh_RN:
+        dh_RN.copy_(target_RN)
     return a_RI, partial[0] if partial.shape[0] == 1 else partial.sum(0)

@@ -15,7 +15,8 @@ from transformers.integrations.moe import _default_apply_gate, grouped_mm_expert
 from transformers.utils import logging
 
 from moe_kernels import backends
-from moe_kernels.functional import moe_experts, routing_plan
+from moe_kernels.functional import moe_experts
+from moe_kernels.functional._autocast import products_dtype
 from moe_kernels.ops._contract import FLOATS
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ def moe_kernels_experts_forward(
     out = moe_experts(
         x,
         top_k_weights,
-        routing_plan(top_k_index, up.shape[0]),
+        top_k_index,
         up,
         down,
         activation=activation,
@@ -130,13 +131,6 @@ def facts(module, up: Tensor, down: Tensor) -> tuple:
         tuple(down.shape),
         down.dtype,
     )
-
-
-def products_dtype(weight: Tensor, device_type: str) -> torch.dtype:
-    """The dtype the products run in: autocast's inside autocast (which leaves float64 alone), else the weights'."""
-    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
-        return weight.dtype
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
 @functools.lru_cache(maxsize=1024)

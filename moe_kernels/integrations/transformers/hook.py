@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from moe_kernels.functional.moe_experts import RECOMPUTE
+from moe_kernels.functional._experts_contract import RECOMPUTE
 from moe_kernels.integrations.transformers.experts import (
     RECOMPUTE_ATTRIBUTE,
     moe_kernels_experts_forward,

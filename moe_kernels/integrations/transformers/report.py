@@ -6,7 +6,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Experts
 
-from moe_kernels.integrations.transformers.experts import choose_backend, facts, judge, products_dtype, weights
+from moe_kernels.functional._autocast import products_dtype
+from moe_kernels.integrations.transformers.experts import choose_backend, facts, judge, weights
 from moe_kernels.integrations.transformers.hook import FP8_REASON, NAME, is_registered, is_switchable
 
 
