@@ -7,6 +7,11 @@
 Rows go to ``benchmarks/results/<gpu>/``; a run of some tests replaces their rows and leaves the others.
 """
 
+import os
+
+# Inductor compiles one block here: its pool of compile processes costs more to start, and to end, than it saves.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 
