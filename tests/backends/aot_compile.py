@@ -38,7 +38,7 @@ def compile_launch(launch: _launch.Launch, arch: int) -> dict:
     target = GPUTarget("cuda", arch, 32)
     backend = make_backend(target)
     kernel = launch.kernel
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = _launch.compile_options(launch)
     kwargs = {**launch.args, **launch.constexprs, **options, "debug": False, "instrumentation_mode": ""}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = binder(**kwargs)
@@ -73,7 +73,9 @@ def arguments(op: str, variant: Variant) -> tuple:
 
     offsets, slots, positions, tiles = ints(E + 1), ints(R), ints(T, K), ints(2, R // max(block_m, 16) + E)
     plain = "plain" in variant.flags  # without a gate, with what is optional
-    activation, n = ("relu2", i) if plain else ("swiglu", 2 * i)
+    interleaved = "interleaved" in variant.flags  # gpt-oss: clamped, and transposed beside it
+    activation, n = ("relu2", i) if plain else ("swiglu_oai" if interleaved else "swiglu", 2 * i)
+    options = (1.702, 7.0, True) if interleaved else ()
     match op:
         case "routing_plan":
             return torch.zeros((T, K), dtype=torch.int64), E, 64
@@ -84,15 +86,16 @@ def arguments(op: str, variant: Variant) -> tuple:
         case "combine":
             return floats(T, d), floats(R, d), positions, floats(T, K).float(), floats(T, d)
         case "gate_up":
-            bias = floats(E, n) if plain else None
-            return floats(T, d), weights(E, n, d), bias, offsets, slots, tiles, block_m, K, activation, True, True
+            bias = floats(E, n) if plain or interleaved else None
+            plan = (offsets, slots, tiles, block_m, K)
+            return floats(T, d), weights(E, n, d), bias, *plan, activation, True, True, *options
         case "grouped_gemm":
             bias = floats(E, d) if plain else None
             return floats(R, i), weights(E, d, i), bias, offsets, tiles, block_m, True
         case "d_activation":
             h = floats(R, n)
             plan = (offsets, slots, tiles, block_m)
-            return h, floats(T, d), weights(E, d, i), h, floats(T, K).float(), *plan, activation
+            return h, floats(T, d), weights(E, d, i), h, floats(T, K).float(), *plan, activation, *options
         case "grouped_wgrad":
             gather = next((f for f in ("lhs", "rhs") if f in variant.flags), "none")
             sides = floats(T if gather == "lhs" else R, d), floats(T if gather == "rhs" else R, i)
@@ -115,13 +118,17 @@ def variants(op: str, capability: tuple[int, int], every_row: bool) -> list[Vari
             *(Variant(torch.float32, 0, frozenset({side})) for side in ("lhs", "rhs")),
         ]
         return sides + more if every_row else sides
+    gpt_oss = frozenset({"interleaved", "transposed"})
+    in_turn = [Variant(bf16, 128, gpt_oss)] if op in ("gate_up", "d_activation") else []
     if not every_row:
-        return [Variant(bf16, 128), Variant(torch.float32, 128)]
+        return [Variant(bf16, 128), Variant(torch.float32, 128), *in_turn]
     rows = [(size, block_m) for name, size, block_m in configs.table(capability) if name == op]
     flags = [{"transposed"}, {"uneven"}, {"plain"}]
     return [
         *(Variant(bf16 if size == 2 else torch.float32, block_m) for size, block_m in rows),
         *(Variant(bf16, 128, frozenset(flag)) for flag in flags),
+        *in_turn,
+        *([Variant(bf16 if size == 2 else torch.float32, m, gpt_oss) for size, m in rows] if op == "gate_up" else []),
         Variant(torch.float16, 64),
     ]
 
