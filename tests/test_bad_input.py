@@ -114,7 +114,7 @@ BROKEN = [
     ("topk_route", "selection_bias", becomes(torch.zeros(4, device="meta"), "meta"), "on cpu like logits"),
     ("topk_route", "top_k", becomes(0), "from 1 to the number of experts 4"),
     ("topk_route", "top_k", becomes(5), "from 1 to the number of experts 4"),
-    ("topk_route", "scoring", becomes("tanh"), "softmax, sigmoid"),
+    ("topk_route", "scoring", becomes("tanh"), "softmax, sigmoid, sqrtsoftplus"),
     ("topk_route", "num_groups", becomes(3), "a divisor of the number of experts 4"),
     ("topk_route", "top_groups", becomes(2), "from 1 to num_groups 1"),
     ("permute", "x", flat, r"\[T, D\]"),
@@ -427,10 +427,17 @@ def test_float_indices_and_integer_logits():
         ({"top_k": 1, "num_groups": 4}, "num_groups must be such that each group has two experts or more, got 4"),
         ({"top_k": 3, "num_groups": 2}, "top_k must be at most the 2 experts of the kept groups, got 3"),
         ({"top_k": 2, "num_groups": 2, "top_groups": 0}, "top_groups must be from 1 to num_groups 2, got 0"),
+        ({"top_k": 2, "group_score": "mean"}, "group_score must be one of top2_sum, max, got 'mean'"),
+        ({"top_k": 2, "min_sum": -1.0}, r"min_sum must be 0 \(no minimum\) or positive, got -1.0"),
+        ({"top_k": 2, "soft_cap": float("nan")}, r"soft_cap must be 0 \(no cap\) or positive, got nan"),
+        (
+            {"top_k": 2, "weights_dtype": torch.int64},
+            "weights_dtype must be a floating-point dtype or None, got torch.int",
+        ),
     ],
-    ids=["tiny-groups", "too-few-kept", "none-kept"],
+    ids=["tiny-groups", "too-few-kept", "none-kept", "group-score", "min-sum", "soft-cap", "weights-dtype"],
 )
-def test_groups(groups, message):
+def test_rule_of_a_router(groups, message):
     with pytest.raises(ValueError, match=message):
         topk_route(P.x[:, :4], **groups)
 

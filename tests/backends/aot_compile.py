@@ -8,6 +8,9 @@ Run in a process of its own: where TRITON_INTERPRET is set, ``@triton.jit`` make
 import argparse
 import importlib
 import json
+import re
+import subprocess
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -23,6 +26,43 @@ from moe_kernels.backends.triton import _launch, configs
 T, K, E, D, I = 64, 8, 2, 512, 512  # noqa: E741
 
 
+#: Routers by name: experts, experts per token, whether a bias chooses, the rest of topk_route's arguments by name.
+ROUTERS = {
+    "qwen3": (128, 8, False, {"renormalize": True}),
+    "gpt-oss": (32, 4, False, {"score_after_topk": True, "weights_dtype": torch.bfloat16}),
+    "deepseek-v2": (160, 6, False, {"num_groups": 8, "top_groups": 3, "group_score": "max", "losers_zero": True}),
+    "deepseek-v3": (256, 8, True, {"scoring": "sigmoid", "renormalize": True, "num_groups": 8, "top_groups": 4}),
+    "nemotron-3": (512, 22, True, {"scoring": "sigmoid", "renormalize": True}),
+    "mistral-4": (128, 4, False, {"num_groups": 4, "top_groups": 2, "round_scores": True}),
+    "largest": (1024, 32, True, {"renormalize": True, "min_sum": 1e-12, "num_groups": 8, "top_groups": 4}),
+    "everything": (
+        1024,
+        32,
+        True,
+        {
+            "scoring": "sqrtsoftplus", "renormalize": True, "num_groups": 8, "top_groups": 4, "losers_zero": True,
+            "soft_cap": 5.0, "round_scores": True,
+        },
+    ),
+}  # fmt: skip
+
+
+def route_arguments(op: str, router: str, dtype: torch.dtype) -> tuple:
+    experts, top_k, biased, options = ROUTERS[router]
+    rule = {"scoring": "softmax", "score_after_topk": False, "renormalize": False, "epsilon": 1e-20, "scale": 2.5}
+    groups = {"num_groups": 1, "top_groups": 1, "group_score": "top2_sum", "losers_zero": False}
+    rest = {"min_sum": 0.0, "soft_cap": 0.0, "round_scores": False}
+    for table in (rule, groups, rest):
+        table.update({name: value for name, value in options.items() if name in table})
+    logits = torch.zeros((T, experts), dtype=dtype)
+    if op == "topk_route_bwd":
+        indices = torch.zeros((T, top_k), dtype=torch.int64)
+        return torch.zeros(T, top_k), logits, indices, *rule.values(), *rest.values()
+    bias = torch.zeros(experts) if biased else None
+    values = *rule.values(), *groups.values(), *rest.values()
+    return logits, bias, top_k, *values, options.get("weights_dtype")
+
+
 class Variant(NamedTuple):
     dtype: torch.dtype
     block_m: int
@@ -31,6 +71,16 @@ class Variant(NamedTuple):
     def __str__(self):
         dtype = str(self.dtype).removeprefix("torch.")
         return "-".join([dtype, *([f"m{self.block_m}"] if self.block_m else []), *sorted(self.flags)])
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """What a thread keeps outside its registers: spills."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
 def compile_launch(launch: _launch.Launch, arch: int) -> dict:
@@ -51,12 +101,15 @@ def compile_launch(launch: _launch.Launch, arch: int) -> dict:
         "shared": compiled.metadata.shared,
         "cubin": len(compiled.asm["cubin"]),
         "warps": compiled.metadata.num_warps,
+        "stack": stack_bytes(compiled.asm["cubin"]),
         "seconds": round(time.perf_counter() - start, 1),
     }
 
 
 def arguments(op: str, variant: Variant) -> tuple:
     """The backend function's arguments: right shapes and dtypes, any values."""
+    if op.startswith("topk_route"):
+        return route_arguments(op, *variant.flags, variant.dtype)
     uneven = 8 if "uneven" in variant.flags else 0
     d, i = D + uneven, I + uneven
     R, dtype, block_m = T * K, variant.dtype, variant.block_m
@@ -109,6 +162,9 @@ def variants(op: str, capability: tuple[int, int], every_row: bool) -> list[Vari
         return [Variant(torch.int64, 0)]
     if op in ("permute", "unpermute", "combine"):
         return [Variant(dtype, 0) for dtype in (bf16, torch.float16, torch.float32)]
+    if op.startswith("topk_route"):
+        names = ROUTERS if every_row else ("deepseek-v3", "everything")
+        return [Variant(dtype, 0, frozenset({name})) for name in names for dtype in (bf16, torch.float32)]
     if op == "grouped_wgrad":
         sides = [Variant(bf16, 0, frozenset({side})) for side in ("lhs", "rhs")]
         more = [
@@ -141,12 +197,13 @@ def launches_of(op: str, variant: Variant) -> tuple[list[_launch.Launch], list[t
         rows.append((op, element_size, block_m))
         return configs.tiles(op, capability, element_size, block_m)
 
-    for name in {op, "combine", "gate_up"}:  # unpermute launches through combine, d_activation through gate_up too
+    file = op.removesuffix("_bwd")
+    for name in {file, "combine", "gate_up"}:  # unpermute launches through combine, d_activation through gate_up too
         module = importlib.import_module(f"moe_kernels.backends.triton.{name}")
         module.launch = lambda device, launch: recorded.append(launch)
         if hasattr(module, "tiles"):
             module.tiles = tiles
-    function = getattr(importlib.import_module(f"moe_kernels.backends.triton.{op}"), op)
+    function = getattr(importlib.import_module(f"moe_kernels.backends.triton.{file}"), op)
     function(*arguments(op, variant))
     return recorded, rows
 

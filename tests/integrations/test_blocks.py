@@ -228,7 +228,14 @@ class AnyConfig(RouterConfig):
 
     def __init__(self, **more):
         sizes = dict.fromkeys(("intermediate_size", "moe_intermediate_size", "shared_intermediate_size"), 16)
-        sizes |= dict.fromkeys(("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 16)
+        sizes |= dict.fromkeys(
+            (
+                "shared_expert_intermediate_size",
+                "moe_shared_expert_intermediate_size",
+                "shared_experts_intermediate_size",
+            ),
+            16,
+        )
         sizes |= {"hidden_act": "silu", "mlp_hidden_act": "relu2", "rms_norm_eps": 1e-6, "mlp_bias": False}
         sizes |= {"moe_latent_size": None, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "moe_num_shared_experts": 1}
         sizes |= {"enable_moe_fp32_combine": True, "shared_expert_combination_strategy": "sum", "use_bias": False}

@@ -90,6 +90,10 @@ def reason_of(module) -> str:
 # Every class
 
 
+#: Classes of 5.23: one with a soft-capped gate, one with a norm after each expert.
+STAY_STOCK = {"Inkling2Experts", "MuseSparkExperts"}
+
+
 def test_every_decorated_class(op_counter):
     """Classes that we take equal their own eager forward; the others say why and equal stock."""
     table, accelerated = [], 0
@@ -108,7 +112,8 @@ def test_every_decorated_class(op_counter):
         table.append(f"{class_name:40} {reason or 'accelerated'}")
     text = "\n".join([f"{accelerated} of {len(table)} accelerated", *table])
     print(text)
-    assert len(table) >= 55 and accelerated == len(table), text
+    assert len(table) >= 55 and accelerated >= 55, text
+    assert accelerated + len(STAY_STOCK & {row.split()[0] for row in table}) == len(table), text
 
 
 # Layouts and activations, on experts made here

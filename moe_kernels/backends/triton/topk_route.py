@@ -5,28 +5,31 @@
     weights = scale p[indices] / max(sum + epsilon, min_sum)                    -> [T, K]
     d_logits, from d_weights and the indices, scores computed again             -> [T, E]
 
-A program is one warp and _TOKENS tokens: no barrier between warps, and at T = 16384 every token of an H100 in flight.
-The choice is a tournament of two levels. A pass over the row, held in registers, leaves the best key of each bin of BIN
-neighbours. Each of K rounds takes the bin with the best key, reads its BIN logits again (they are in L1 or L2), finds
-the expert in it and the bin's next best key: what comes after (key, index) of the one just found, so nothing is
-written back. A round costs E / BIN + BIN elements where a maximum over the row costs E, several instructions each.
-Keys are 32-bit integers that order as the floats do; equal keys are told apart by index alone.
+A program is one warp and _TOKENS tokens, so that nothing waits at a barrier. The choice is a tournament of two levels.
+A pass over the row, held in registers, leaves the best key of each bin of _BIN neighbours. Each of K rounds takes the
+bin with the best key, reads its logits again (they are in L1 or L2), finds the expert in it and the bin's next best
+key: what comes after (key, index) of the one just found, so nothing is written back. A round costs E / _BIN + _BIN
+elements where a maximum over the row costs E, several instructions each. Keys are 32-bit integers that order as the
+floats do; equal keys are told apart by index alone, so K experts are distinct whatever the logits are. The bins of
+losing groups start below every key.
 
-Both times a key is computed it must be the same number, so the kernel is compiled without fused multiply-adds: what
-may be fused in one place and not in the other.
+With a bias a key is computed in two places and must be the same number in both: the kernel is compiled without fused
+multiply-adds, which the compiler might form in one place and not in the other.
 
-Issue slots on an H100 (132 SMs, 2 of these instructions a clock each, 1.7 GHz), T = 16384, per token, and the time they
-take alone; the latency of a round (load, five reductions over lanes: ~800 clocks) adds K times that, hidden where two
-tokens' warps share a scheduler. Predictions, not measurements:
+Predicted from the machine code of sm_90, not measured: clocks of an SM that a program of 4 tokens takes, from its
+busiest pipe (compares, selects and integers issue at half rate), and T = 16384 on 132 SMs at 1.7 GHz with that pipe
+full; a half more is likely, for 15 to 31 warps an SM hide the ~500 clocks of latency in a round only in part.
 
-    E=128 K=8  softmax                  ~60 + 8 * 24  = 250    9 µs   (bytes: 2 µs)
-    E=256 K=8  sigmoid, bias, 8 groups  ~250 + 8 * 30 = 490   18 µs   (bytes: 3-6 µs)
-    E=512 K=22 sigmoid, bias            ~200 + 22 * 30 = 860  32 µs   (bytes: 6-11 µs)
+    E=128 K=8  softmax, bf16                 96 +  8 * 30 clocks      6 µs     (bytes: 2 µs)
+    E=256 K=8  sigmoid, bias, 4 of 8 groups  378 + 8 * 36            12 µs     (bytes: 6 µs)
+    E=512 K=22 sigmoid, bias                 401 + 22 * 47           26 µs     (bytes: 12 µs)
 
-K maxima over the whole row would take 250, 800 and 2500 slots; a bitonic top-32 of 64-bit keys 2000 at E=512.
+K maxima over the whole row would take 9, 24 and 90 µs by the same count; a bitonic top-32 of 64-bit (key, index) pairs
+70 µs at E=512. Packing an index into the low bits of an fp32 key (QuACK's top-k) is cheaper but not exact.
 
 The backward writes the dense part of a row (softmax: -p * sum; otherwise zeros), then the K chosen over it after a
-barrier of its warp: 2 or 3 passes over [T, E] bytes and no product of E and K.
+barrier of its warp: one or two passes over the bytes of [T, E] and no product of E and K. By bytes and machine code:
+4, 7 and 18 µs for the shapes above.
 """
 
 import torch

@@ -43,7 +43,7 @@ class Gate(NamedTuple):
     """What an ``_apply_gate`` of a class's own computes, and the attributes that hold its numbers."""
 
     activation: str
-    limit: str
+    limit: str | None = None  # None: it is the default gate, in fp32 as our ops are anyway
     alpha: str | None = None
     interleaved: bool = False
     calls_act_fn: bool = False  # where it is SiLU this is the activation; otherwise silu is in the source
@@ -56,6 +56,7 @@ _GATES = {
     "4d2a5611ab95": Gate("swiglu_oai", "swiglu_limit", "swiglu_alpha"),  # MiniMaxM3VL
     "c9a41a040677": Gate("swiglu_clamp_before", "limit", calls_act_fn=True),  # DeepseekV4
     "f0c950163b46": Gate("swiglu_clamp_before", "swiglu_limit"),  # Glm5NextText, HYV4
+    "56b2bb71f5bc": Gate("swiglu", calls_act_fn=True),  # Beam, of 5.23
     "9becca301256": Gate("swiglu_clamp_after", "limit", calls_act_fn=True),  # Step3p7, not decorated
 }
 _UNKNOWN = "unknown"  # in the place of a fingerprint
@@ -236,7 +237,7 @@ def _activation(f: Facts) -> tuple[Activation | None, str | None]:
     if f.is_concatenated == (gate is not None and gate.interleaved):
         return None, f"its gate and is_concatenated={f.is_concatenated} tell two stories"
     known = "silu" if gate is not None and not gate.calls_act_fn else _nonlinearity(f)
-    if gate is None:
+    if gate is None or gate.limit is None:
         return (Activation(_GATED[known]), None) if known in _GATED else (None, f"no kernel for the {_of(f)}")
     if known != "silu":
         return None, f"no kernel for the clamped {_of(f)}"
