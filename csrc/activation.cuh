@@ -20,9 +20,11 @@ __device__ __forceinline__ float gelu(float g) { return 0.5f * g * (1.0f + erff(
 // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
 __device__ __forceinline__ float gelu_tanh(float g) { return g * sigmoid(1.59576912f * (g + 0.044715f * g * g * g)); }
 
-__device__ __forceinline__ float relu_squared(float g) {
-    const float positive = fmaxf(g, 0.0f);
-    return positive * positive;
-}
+// NaN stays NaN here and in the clamps, which fminf and fmaxf would hide.
+__device__ __forceinline__ float relu_squared(float g) { return g < 0.0f ? 0.0f : g * g; }
+
+__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
+
+__device__ __forceinline__ float within(float x, float limit) { return x < -limit ? -limit : at_most(x, limit); }
 
 }  // namespace moe_kernels

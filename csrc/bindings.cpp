@@ -93,6 +93,9 @@ void bind_decode_experts(py::module_& m) {
     activations["swiglu"] = static_cast<int>(Activation::kSwiGLU);
     activations["geglu"] = static_cast<int>(Activation::kGeGLU);
     activations["geglu_tanh"] = static_cast<int>(Activation::kGeGLUTanh);
+    activations["swiglu_oai"] = static_cast<int>(Activation::kSwiGLUOAI);
+    activations["swiglu_clamp_before"] = static_cast<int>(Activation::kSwiGLUClampBefore);
+    activations["swiglu_clamp_after"] = static_cast<int>(Activation::kSwiGLUClampAfter);
     activations["silu"] = static_cast<int>(Activation::kSiLU);
     activations["gelu"] = static_cast<int>(Activation::kGELU);
     activations["gelu_tanh"] = static_cast<int>(Activation::kGELUTanh);
@@ -102,8 +105,8 @@ void bind_decode_experts(py::module_& m) {
         "decode_experts",
         [](uintptr_t out, uintptr_t a, uintptr_t y, uintptr_t x, uintptr_t indices, int index_bytes,
            uintptr_t routing_weights, int routing_weights_dtype, const Weights& gate_up, uintptr_t bias_gate_up,
-           const Weights& down, uintptr_t bias_down, int tokens, int top_k, int num_experts, int activation, int dtype,
-           int num_sms, uintptr_t stream) {
+           const Weights& down, uintptr_t bias_down, int tokens, int top_k, int num_experts, int activation, float alpha,
+           float limit, bool interleaved, int dtype, int num_sms, uintptr_t stream) {
             DecodeArguments d{};
             d.out = pointer<void>(out);
             d.a = pointer<void>(a);
@@ -124,11 +127,14 @@ void bind_decode_experts(py::module_& m) {
             d.dtype = static_cast<DType>(dtype);
             d.routing_weights_dtype = static_cast<DType>(routing_weights_dtype);
             d.activation = static_cast<Activation>(activation);
+            d.alpha = alpha;
+            d.limit = limit;
+            d.interleaved = interleaved;
             decode_experts(d, num_sms, stream_of(stream));
         },
         py::kw_only(), "out"_a, "a"_a, "y"_a, "x"_a, "indices"_a, "index_bytes"_a, "routing_weights"_a,
         "routing_weights_dtype"_a, "gate_up"_a, "bias_gate_up"_a, "down"_a, "bias_down"_a, "tokens"_a, "top_k"_a,
-        "num_experts"_a, "activation"_a, "dtype"_a, "num_sms"_a, "stream"_a);
+        "num_experts"_a, "activation"_a, "alpha"_a, "limit"_a, "interleaved"_a, "dtype"_a, "num_sms"_a, "stream"_a);
 }
 
 // What the products over an expert's rows know of the routing.

@@ -171,19 +171,24 @@ __device__ __forceinline__ float total(const Partial& partial, int set, int row,
 // ---------------------------------------------------------------------------------------------------------------------
 // What the two products are: which weight rows a set holds, where a routed row's values are, what becomes of a sum
 
-__device__ __forceinline__ float activated(float gate, Activation activation) {
-    switch (activation) {
+__device__ __forceinline__ float activated(float gate, float up, const DecodeArguments& a) {
+    switch (a.activation) {
+        case Activation::kSwiGLUOAI:
+            gate = at_most(gate, a.limit);
+            return gate * sigmoid(a.alpha * gate) * (within(up, a.limit) + 1.0f);
+        case Activation::kSwiGLUClampBefore: return silu(at_most(gate, a.limit)) * within(up, a.limit);
+        case Activation::kSwiGLUClampAfter: return at_most(silu(gate), a.limit) * within(up, a.limit);
         case Activation::kSwiGLU:
-        case Activation::kSiLU: return silu(gate);
+        case Activation::kSiLU: return silu(gate) * up;
         case Activation::kGeGLU:
-        case Activation::kGELU: return gelu(gate);
+        case Activation::kGELU: return gelu(gate) * up;
         case Activation::kGeGLUTanh:
-        case Activation::kGELUTanh: return gelu_tanh(gate);
-        default: return relu_squared(gate);
+        case Activation::kGELUTanh: return gelu_tanh(gate) * up;
+        default: return relu_squared(gate) * up;
     }
 }
 
-constexpr bool is_gated(Activation activation) { return activation <= Activation::kGeGLUTanh; }
+constexpr bool is_gated(Activation activation) { return activation <= Activation::kSwiGLUClampAfter; }
 
 template <typename T, bool kGated>
 struct GateUp {
@@ -194,8 +199,13 @@ struct GateUp {
     static __device__ __forceinline__ int columns(const DecodeArguments& a) { return a.inner; }
 
     static __device__ __forceinline__ int64_t weight_row(const DecodeArguments& a, int set, int first, int row) {
-        const int within = kGated ? first + row : first + set * kSetRows + row;
-        return (kGated && set == 1 ? a.inner : 0) + min(within, a.inner - 1);
+        if (!kGated) return min(first + set * kSetRows + row, a.inner - 1);
+        return gated_row(a, min(first + row, a.inner - 1), set);
+    }
+
+    // Where the gate (part 0) and up (part 1) of a column of A are.
+    static __device__ __forceinline__ int gated_row(const DecodeArguments& a, int column, int part) {
+        return a.interleaved ? 2 * column + part : column + part * a.inner;
     }
 
     static __device__ __forceinline__ const T* input(const DecodeArguments& a) { return static_cast<const T*>(a.x); }
@@ -203,17 +213,18 @@ struct GateUp {
 
     static __device__ __forceinline__ void store(const DecodeArguments& a, const Partial& partial, int64_t expert,
                                                  int row, int token, int first, int column) {
-        const T* bias = static_cast<const T*>(a.bias_gate_up) + expert * a.gate_up.rows + first + column;
+        const T* bias = static_cast<const T*>(a.bias_gate_up) + expert * a.gate_up.rows;
         const bool has_bias = a.bias_gate_up != nullptr;
         float gate, up = 1;
         if constexpr (kGated) {
-            gate = total(partial, 0, column, token) + (has_bias ? static_cast<float>(bias[0]) : 0);
-            up = total(partial, 1, column, token) + (has_bias ? static_cast<float>(bias[a.inner]) : 0);
+            const int at_gate = gated_row(a, first + column, 0), at_up = gated_row(a, first + column, 1);
+            gate = total(partial, 0, column, token) + (has_bias ? static_cast<float>(bias[at_gate]) : 0);
+            up = total(partial, 1, column, token) + (has_bias ? static_cast<float>(bias[at_up]) : 0);
         } else {
             gate = total(partial, column / kSetRows, column % kSetRows, token);
-            gate += has_bias ? static_cast<float>(bias[0]) : 0;
+            gate += has_bias ? static_cast<float>(bias[first + column]) : 0;
         }
-        const float value = activated(gate, a.activation) * up;
+        const float value = activated(gate, up, a);
         static_cast<T*>(a.a)[static_cast<int64_t>(row) * a.inner + first + column] = static_cast<T>(value);
     }
 };
@@ -380,6 +391,7 @@ void decode_experts(const DecodeArguments& a, int num_sms, cudaStream_t stream) 
     needs.aligned("out", a.out);
     needs.weights(a.gate_up, a.num_experts, is_gated(a.activation) ? 2 * a.inner : a.inner, a.hidden);
     needs.weights(a.down, a.num_experts, a.hidden, a.inner);
+    require(!a.interleaved || is_gated(a.activation), "decode_experts: interleaved needs a gated activation");
     require(a.index_bytes == 4 || a.index_bytes == 8, "decode_experts: index_bytes must be 4 or 8, got ",
             a.index_bytes);
     switch (a.dtype) {

@@ -10,7 +10,18 @@
 
 namespace moe_kernels {
 
-enum class Activation : int { kSwiGLU = 0, kGeGLU, kGeGLUTanh, kSiLU, kGELU, kGELUTanh, kReLU2 };
+enum class Activation : int {
+    kSwiGLU = 0,
+    kGeGLU,
+    kGeGLUTanh,
+    kSwiGLUOAI,
+    kSwiGLUClampBefore,
+    kSwiGLUClampAfter,
+    kSiLU,
+    kGELU,
+    kGELUTanh,
+    kReLU2
+};
 
 constexpr int kMostDecodeRows = 2048;  // R: an expert's rows are listed in shared memory
 
@@ -21,7 +32,7 @@ struct DecodeArguments {
     const void* x;                // [T, D] contiguous
     const void* indices;          // [T, K] contiguous, int64 or int32; outside 0..E-1: no expert
     const void* routing_weights;  // [T, K] contiguous
-    Weights gate_up;              // [E, 2I or I, D]
+    Weights gate_up;              // [E, 2I or I, D]; gate rows before up rows, or in turn
     Weights down;                 // [E, D, I]
     const void* bias_gate_up;     // [E, 2I or I] contiguous, or null
     const void* bias_down;        // [E, D] contiguous, or null
@@ -30,6 +41,8 @@ struct DecodeArguments {
     DType dtype;  // bfloat16 or float16, of all but the routing weights
     DType routing_weights_dtype;
     Activation activation;
+    float alpha, limit;  // of the clamped activations
+    bool interleaved;    // gate and up rows, and the elements of their bias, come in turn
 };
 
 void decode_experts(const DecodeArguments& arguments, int num_sms, cudaStream_t stream);

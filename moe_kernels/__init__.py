@@ -8,10 +8,11 @@ import importlib
 
 from moe_kernels.version import __version__
 
-__all__ = ["__version__", "disable", "enable", "patch", "report", "use_backend"]
+__all__ = ["LoadBalanceCallback", "__version__", "disable", "enable", "patch", "report", "use_backend"]
 
 #: Where each public name lives. Imported at first use: torch takes a second, Transformers several.
 _HOME = {
+    "LoadBalanceCallback": "moe_kernels.integrations.transformers.load_balance",
     "disable": "moe_kernels.integrations.transformers",
     "enable": "moe_kernels.integrations.transformers",
     "patch": "moe_kernels.integrations.transformers",

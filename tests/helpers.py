@@ -72,10 +72,16 @@ class Case(NamedTuple):
     activation: str = "swiglu"
     routing: str = "uniform"
     block_m: int = 64
+    interleaved: bool = False
 
     def __str__(self):
         sizes = f"T{self.T}-K{self.K}-E{self.E}-D{self.D}-I{self.I}-{self.activation}"
-        return f"{sizes}-{self.routing}-m{self.block_m}"
+        return f"{sizes}-{self.routing}-m{self.block_m}" + "-interleaved" * self.interleaved
+
+    @property
+    def options(self) -> tuple[float | None, float | None, bool]:
+        """The arguments alpha, limit, interleaved."""
+        return *NUMBERS.get(self.activation, (None, None)), self.interleaved
 
     @property
     def N(self) -> int:
@@ -95,14 +101,34 @@ class Target(NamedTuple):
 
 # Activations, written out
 
-GATED = ("swiglu", "geglu", "geglu_tanh")
+GATED = ("swiglu", "geglu", "geglu_tanh", "swiglu_oai", "swiglu_clamp_before", "swiglu_clamp_after")
 PLAIN = ("relu2", "gelu", "gelu_tanh", "silu")
 ACTIVATIONS = GATED + PLAIN
+#: (alpha, limit): unit-scale data passes these limits often, and in half precision meets them exactly.
+NUMBERS = {"swiglu_oai": (1.702, 1.25), "swiglu_clamp_before": (None, 0.75), "swiglu_clamp_after": (None, 0.5)}
+#: (activation, interleaved)
+LAYOUTS = [(name, False) for name in ACTIVATIONS] + [(name, True) for name in GATED]
 
 
-def activate(h: Tensor, activation: str) -> Tensor:
-    z, up = h.chunk(2, -1) if activation in GATED else (h, None)
+def activate(h: Tensor, activation: str, interleaved: bool = False) -> Tensor:
+    if activation not in GATED:
+        z, up = h, None
+    elif interleaved:
+        z, up = h[..., 0::2], h[..., 1::2]
+    else:
+        z, up = h.chunk(2, -1)
+    alpha, limit = NUMBERS.get(activation, (None, None))
+    if limit is not None:
+        up = up.clamp(-limit, limit)
     match activation:
+        case "swiglu_oai":
+            z = z.clamp(max=limit)
+            return (up + 1) * z * torch.sigmoid(alpha * z)
+        case "swiglu_clamp_before":
+            z = z.clamp(max=limit)
+            a = z * torch.sigmoid(z)
+        case "swiglu_clamp_after":
+            a = (z * torch.sigmoid(z)).clamp(max=limit)
         case "swiglu" | "silu":
             a = z * torch.sigmoid(z)
         case "geglu" | "gelu":
@@ -225,7 +251,7 @@ class Problem:
 
 def gate_up(p: Problem, x, w, bias) -> tuple[Tensor, Tensor]:
     h = grouped_gemm(p, x[p.token_r], w, bias, True)
-    return h, activate(h, p.case.activation)
+    return h, activate(h, p.case.activation, p.case.interleaved)
 
 
 def grouped_gemm(p: Problem, a, w, bias, trans_w) -> Tensor:
@@ -242,7 +268,7 @@ def d_activation(p: Problem, d_out, w_down, h, weights) -> tuple[Tensor, Tensor,
     """dH, A', dS [T, K]"""
     with torch.enable_grad():
         h = h[: p.kept].detach().requires_grad_()
-        a = activate(h, p.case.activation)
+        a = activate(h, p.case.activation, p.case.interleaved)
     d_a = grouped_gemm(p, d_out[p.token_r], w_down, None, False)
     s = weights.flatten()[p.slot_r, None].to(a.dtype)
     (dh,) = torch.autograd.grad(a, h, s * d_a)
@@ -271,7 +297,9 @@ def combine(p: Problem, y, weights, residual) -> Tensor:
     return out
 
 
-def naive_moe(x, weights, indices, w_gate_up, w_down, activation="swiglu", bias_gate_up=None, bias_down=None) -> Tensor:
+def naive_moe(
+    x, weights, indices, w_gate_up, w_down, activation="swiglu", bias_gate_up=None, bias_down=None, interleaved=False
+) -> Tensor:
     """The layer as its definition reads, one token and one expert at a time; autograd does the rest."""
     out = []
     for t, ids in enumerate(indices.tolist()):
@@ -280,7 +308,7 @@ def naive_moe(x, weights, indices, w_gate_up, w_down, activation="swiglu", bias_
             if not 0 <= e < w_gate_up.shape[0]:
                 continue
             h = w_gate_up[e] @ x[t] + (0 if bias_gate_up is None else bias_gate_up[e])
-            y = w_down[e] @ activate(h, activation) + (0 if bias_down is None else bias_down[e])
+            y = w_down[e] @ activate(h, activation, interleaved) + (0 if bias_down is None else bias_down[e])
             total = total + weights[t, k].to(y.dtype) * y
         out.append(total)
     nothing = x * 0 + weights.sum() * 0  # a token without experts is zero and still has a gradient
@@ -314,18 +342,19 @@ def op_arguments(op: str, p: Problem) -> tuple:
             return p.y, positions, p.weights
         case "gate_up":
             plan_arguments = (offsets, slots, tiles, block_m, case.K, case.activation)
-            return (p.x, p.w_gate_up, p.bias_gate_up, *plan_arguments, True, True)
+            return (p.x, p.w_gate_up, p.bias_gate_up, *plan_arguments, True, True, *case.options)
         case "grouped_gemm":
             return p.a, p.w_down, p.bias_down, offsets, tiles, block_m, True
         case "d_activation" | "d_activation_":
-            return p.d_out, p.w_down, p.h, p.weights, offsets, slots, tiles, block_m, case.activation
+            plan_arguments = (offsets, slots, tiles, block_m, case.activation)
+            return p.d_out, p.w_down, p.h, p.weights, *plan_arguments, *case.options
         case "grouped_wgrad":
             return p.d_out, p.a, offsets, slots, case.K, "lhs", True, p.x.dtype
         case "combine":
             return torch.full_like(p.x, torch.nan), p.y, positions, p.weights, p.residual
         case "decode_experts":
             weights = p.w_gate_up, p.bias_gate_up, p.w_down, p.bias_down
-            return p.x, p.indices, p.weights, *weights, case.activation
+            return p.x, p.indices, p.weights, *weights, case.activation, *case.options
     raise ValueError(op)
 
 

@@ -29,10 +29,13 @@ ARGUMENTS = {
     "unpermute": ("y", "positions", "weights"),
     "gate_up": (
         "x", "w_gate_up", "bias_gate_up", "offsets", "slots", "tiles", "block_m", "top_k", "activation", "store_h",
-        "store_a",
+        "store_a", "alpha", "limit", "interleaved",
     ),
     "grouped_gemm": ("a", "w", "bias", "offsets", "tiles", "block_m", "trans_w"),
-    "d_activation": ("d_out", "w_down", "h", "weights", "offsets", "slots", "tiles", "block_m", "activation"),
+    "d_activation": (
+        "d_out", "w_down", "h", "weights", "offsets", "slots", "tiles", "block_m", "activation", "alpha", "limit",
+        "interleaved",
+    ),
     "grouped_wgrad": ("lhs", "rhs", "offsets", "slots", "top_k", "gather", "sum_lhs", "out_dtype"),
     "combine": ("out", "y", "positions", "weights", "residual"),
 }  # fmt: skip
@@ -111,7 +114,7 @@ BROKEN = [
     ("topk_route", "selection_bias", becomes(torch.zeros(4, device="meta"), "meta"), "on cpu like logits"),
     ("topk_route", "top_k", becomes(0), "from 1 to the number of experts 4"),
     ("topk_route", "top_k", becomes(5), "from 1 to the number of experts 4"),
-    ("topk_route", "scoring", becomes("tanh"), "softmax, sigmoid"),
+    ("topk_route", "scoring", becomes("tanh"), "softmax, sigmoid, sqrtsoftplus"),
     ("topk_route", "num_groups", becomes(3), "a divisor of the number of experts 4"),
     ("topk_route", "top_groups", becomes(2), "from 1 to num_groups 1"),
     ("permute", "x", flat, r"\[T, D\]"),
@@ -183,6 +186,41 @@ BROKEN = [
 ]  # fmt: skip
 
 
+NAN, INF = float("nan"), float("inf")
+# (activation, alpha, limit, interleaved, argument that is at fault, what the message must say)
+NUMBERS = [
+    ("swiglu", 1.0, None, False, "alpha", "None: swiglu has none"),
+    ("swiglu_clamp_before", 1.0, 7.0, False, "alpha", "None: swiglu_clamp_before has none"),
+    ("geglu", None, 7.0, False, "limit", "None: geglu has none"),
+    ("relu2", None, 7.0, False, "limit", "None: relu2 has none"),
+    ("swiglu_oai", None, 7.0, False, "alpha", "a positive finite number, which swiglu_oai needs, got None"),
+    ("swiglu_oai", 1.702, None, False, "limit", "a positive finite number, which swiglu_oai needs, got None"),
+    ("swiglu_clamp_after", None, None, False, "limit", "a positive finite number"),
+    ("swiglu_clamp_before", None, INF, False, "limit", "a positive finite number, .* got inf"),
+    ("swiglu_clamp_before", None, NAN, False, "limit", "a positive finite number, .* got nan"),
+    ("swiglu_clamp_before", None, -7.0, False, "limit", "a positive finite number, .* got -7.0"),
+    ("swiglu_clamp_before", None, 0.0, False, "limit", "a positive finite number, .* got 0.0"),
+    ("swiglu_oai", NAN, 7.0, False, "alpha", "a positive finite number, .* got nan"),
+    ("silu", None, None, True, "interleaved", "False: silu has no gate, got True"),
+]
+
+
+@pytest.mark.parametrize("op", ["gate_up", "d_activation", "d_activation_", "decode_experts", "moe_experts"])
+@pytest.mark.parametrize("activation,alpha,limit,interleaved,argument,accepted", NUMBERS)
+def test_numbers_and_layout_of_an_activation(op, activation, alpha, limit, interleaved, argument, accepted):
+    how = {"activation": activation, "alpha": alpha, "limit": limit, "interleaved": interleaved}
+    p = Problem(CASE._replace(activation=activation))
+    message = f"^{op.rstrip('_')}: {argument} must be {accepted}"
+    with pytest.raises(ValueError, match=message):
+        if op == "moe_experts":
+            moe_experts(p.x, p.weights, p.plan, p.w_gate_up, p.w_down, **how)
+        else:
+            arguments = op_arguments(op, p)
+            at = next(i for i, argument in enumerate(arguments) if isinstance(argument, str))
+            between = arguments[at + 1 : -3]
+            getattr(torch.ops.moe_kernels, op)(*arguments[:at], activation, *between, alpha, limit, interleaved)
+
+
 @pytest.mark.parametrize(
     "op,argument,broken,accepted", BROKEN, ids=[f"{op}-{a}-{b.__name__[:24]}" for op, a, b, _ in BROKEN]
 )
@@ -190,7 +228,7 @@ def test_op_contract(op, argument, broken, accepted):
     arguments = list(op_arguments(op, P))
     at = ARGUMENTS[op].index(argument)
     if op == "gate_up" and argument == "store_h":
-        arguments[-2:] = False, False
+        arguments[at : at + 2] = False, False
     else:
         arguments[at] = broken(arguments[at])
     with pytest.raises((ValueError, TypeError)) as error:
@@ -389,10 +427,17 @@ def test_float_indices_and_integer_logits():
         ({"top_k": 1, "num_groups": 4}, "num_groups must be such that each group has two experts or more, got 4"),
         ({"top_k": 3, "num_groups": 2}, "top_k must be at most the 2 experts of the kept groups, got 3"),
         ({"top_k": 2, "num_groups": 2, "top_groups": 0}, "top_groups must be from 1 to num_groups 2, got 0"),
+        ({"top_k": 2, "group_score": "mean"}, "group_score must be one of top2_sum, max, got 'mean'"),
+        ({"top_k": 2, "min_sum": -1.0}, r"min_sum must be 0 \(no minimum\) or positive, got -1.0"),
+        ({"top_k": 2, "soft_cap": float("nan")}, r"soft_cap must be 0 \(no cap\) or positive, got nan"),
+        (
+            {"top_k": 2, "weights_dtype": torch.int64},
+            "weights_dtype must be a floating-point dtype or None, got torch.int",
+        ),
     ],
-    ids=["tiny-groups", "too-few-kept", "none-kept"],
+    ids=["tiny-groups", "too-few-kept", "none-kept", "group-score", "min-sum", "soft-cap", "weights-dtype"],
 )
-def test_groups(groups, message):
+def test_rule_of_a_router(groups, message):
     with pytest.raises(ValueError, match=message):
         topk_route(P.x[:, :4], **groups)
 

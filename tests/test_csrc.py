@@ -174,6 +174,7 @@ HOPPER = backends.Problem(torch.device("cuda"), torch.bfloat16, (128, 72), block
         ((9, 0), {"dtype": torch.float16}, "takes bfloat16, not float16"),
         ((9, 0), {"block_m": 64}, "the plan has 64"),
         ((9, 0), {"traits": ("bias", "activation geglu")}, "has no bias, activation geglu"),
+        ((9, 0), {"traits": ("interleaved gate_up",)}, "has no interleaved gate_up"),
         ((9, 0), {"dims": (72, 128)}, "multiple of 64, not 72"),
     ],
 )

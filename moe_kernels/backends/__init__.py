@@ -40,7 +40,7 @@ IMPLEMENTS = {
     "cuda": frozenset(
         {"routing_plan", "combine", "gate_up", "grouped_gemm", "d_activation", "grouped_wgrad", "decode_experts"}
     ),
-    "triton": frozenset(OPS) - {"topk_route", "topk_route_bwd", "decode_experts"},
+    "triton": frozenset(OPS) - {"decode_experts"},
     "reference": frozenset(OPS),
 }
 

@@ -9,9 +9,9 @@ from moe_kernels.ops._contract import FLOATS, check_activation, check_device, de
 RECOMPUTE = (None, "pre_activation")
 
 
-def check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, routing, activation, recompute):
+def check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, routing, activation, options, recompute):
     op = "moe_experts"
-    check_activation(op, activation)
+    check_activation(op, activation, *options)
     if recompute not in RECOMPUTE:
         fail(op, "recompute", recompute, 'None or "pre_activation"')
     has_plan = isinstance(routing, RoutingPlan)
@@ -61,3 +61,12 @@ def check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, routing,
     for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         if tensor.dtype != x_TD.dtype:
             raise TypeError(f"{op}: {name} must be {x_TD.dtype} like x (or run under autocast), got {describe(tensor)}")
+
+
+def check_residual(residual_TD, x_TD) -> None:
+    op = "moe_experts"
+    if not isinstance(residual_TD, Tensor) or residual_TD.dtype not in FLOATS:
+        raise TypeError(f"{op}: residual must be a floating-point tensor, got {describe(residual_TD)}")
+    check_device(op, "residual", residual_TD, x_TD, "x")
+    if residual_TD.shape != x_TD.shape:
+        fail(op, "residual", residual_TD, f"shaped like x {list(x_TD.shape)}")

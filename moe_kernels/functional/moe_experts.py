@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_kernels import backends
 from moe_kernels.functional._autocast import products_dtype, without_autocast
-from moe_kernels.functional._experts_contract import check
+from moe_kernels.functional._experts_contract import check, check_residual
 from moe_kernels.functional.grouped_gemm import row_sums
 from moe_kernels.functional.routing_plan import MIN_BLOCK_M, RoutingPlan, refuse_double_backward, routing_plan
 from moe_kernels.ops import decode_experts
@@ -32,6 +32,7 @@ _CHUNK_COLUMNS = 256  # chunks are multiples of this: a narrower product would w
 
 class _How(NamedTuple):
     activation: str
+    options: tuple[float | None, float | None, bool]  # of the activation: alpha, limit, interleaved
     store_h: bool  # False: nobody needs H, or the backward makes it again
     recompute: bool
     dtype: torch.dtype  # of the products; a parameter of another dtype is cast here and gets its gradient in its own
@@ -47,7 +48,11 @@ def moe_experts(
     activation: str = "swiglu",
     bias_gate_up_E2I: Tensor | None = None,
     bias_down_ED: Tensor | None = None,
+    residual_TD: Tensor | None = None,
     recompute: str | None = None,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     """Run every token through its experts and sum their weighted outputs.
 
@@ -58,12 +63,19 @@ def moe_experts(
             once where several layers share it. Given indices, few tokens that need no gradient take one op that makes
             no plan (``ops/decode_experts.py``).
         w_gate_up_E2ID: [E, 2I, D], gate rows before up rows; [E, I, D] for a non-gated activation.
-        w_down_EDI: [E, D, I].
-        activation: gated "swiglu", "geglu", "geglu_tanh"; non-gated "relu2", "gelu", "gelu_tanh", "silu".
+        w_down_EDI: [E, D, I]. Weights stored the other way round, as gpt-oss does, are passed as ``w.mT``: they are
+            read as they lie, and their gradients are made in their layout.
+        activation: gated "swiglu", "geglu", "geglu_tanh" and the clamped "swiglu_oai", "swiglu_clamp_before",
+            "swiglu_clamp_after" (``ops/_contract.py`` says what they are); non-gated "relu2", "gelu", "gelu_tanh",
+            "silu".
         bias_gate_up_E2I, bias_down_ED: optional.
+        residual_TD: [T, D], added to the sum over the experts before it is rounded: a shared expert's output.
         recompute: None saves the pre-activation H [R, 2I]; "pre_activation" saves only x and makes H again in the
             backward, +22 % FLOPs. It also allows more than one backward over the graph, which otherwise raises: dH is
             written over H.
+        alpha: of "swiglu_oai" (gpt-oss: 1.702).
+        limit: of the clamped activations (gpt-oss: 7).
+        interleaved: gate and up rows of ``w_gate_up_E2ID``, and so the elements of its bias, come in turn.
 
     Returns:
         [T, D] in the dtype of ``x_TD``. Under autocast the products run in the autocast dtype and fp32 parameters get
@@ -71,35 +83,43 @@ def moe_experts(
         skipped. No host sync; bitwise reproducible.
 
     Raises:
-        ValueError, TypeError: an argument of the wrong shape, dtype or device, an unknown activation or recompute.
+        ValueError, TypeError: an argument of the wrong shape, dtype or device, an unknown activation or recompute, an
+            ``alpha`` or ``limit`` that the activation needs and does not get, or gets and does not have.
         RuntimeError: a second backward over a consumed graph, a double backward, a forced backend that can't run.
     """
     tensors = (x_TD, routing_weights_TK, w_gate_up_E2ID, w_down_EDI, bias_gate_up_E2I, bias_down_ED)
-    check(*tensors, routing, activation, recompute)
-    needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    options = alpha, limit, interleaved
+    check(*tensors, routing, activation, options, recompute)
+    if residual_TD is not None:
+        check_residual(residual_TD, x_TD)
+    differentiable = *tensors, residual_TD
+    needs_backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
     if not isinstance(routing, RoutingPlan):
         if not needs_backward:
-            decode = x_TD, routing, routing_weights_TK, w_gate_up_E2ID, bias_gate_up_E2I, w_down_EDI, bias_down_ED
-            if _decodes(*decode, activation):
-                return torch.ops.moe_kernels.decode_experts(*decode, activation)
+            weights = w_gate_up_E2ID, bias_gate_up_E2I, w_down_EDI, bias_down_ED
+            decode = x_TD, routing, routing_weights_TK, *weights, activation, *options
+            if _decodes(*decode):
+                out_TD = torch.ops.moe_kernels.decode_experts(*decode)
+                return out_TD if residual_TD is None else out_TD + residual_TD.to(out_TD.dtype)
         routing = routing_plan(routing, w_gate_up_E2ID.shape[0])
     how = _How(
         activation,
+        options,
         store_h=needs_backward and recompute is None,
         recompute=recompute is not None,
         dtype=products_dtype(x_TD, x_TD.device.type),
     )
-    x = x_TD.to(how.dtype)
+    x, residual = x_TD.to(how.dtype), _to(residual_TD, how.dtype)
     if not needs_backward:
         _, a_RI = _gate_up(x, w_gate_up_E2ID, bias_gate_up_E2I, routing, how, store_h=False, store_a=True)
         inner = w_gate_up_E2ID.shape[1]
-        return _down(a_RI, w_down_EDI, bias_down_ED, routing_weights_TK, routing, inner, how).to(x_TD.dtype)
+        return _down(a_RI, w_down_EDI, bias_down_ED, routing_weights_TK, routing, inner, how, residual).to(x_TD.dtype)
     if torch.compiler.is_compiling():
         leaves = w_gate_up_E2ID, bias_gate_up_E2I, routing_weights_TK, w_down_EDI, bias_down_ED
-        return _Compiled.apply(x, *leaves, routing, how).to(x_TD.dtype)
+        return _Compiled.apply(x, *leaves, routing, how, residual).to(x_TD.dtype)
     h_RN, a_RI = _GateUp.apply(x, w_gate_up_E2ID, bias_gate_up_E2I, routing, how)
     again = (x, w_gate_up_E2ID, bias_gate_up_E2I) if how.recompute else (None, None, None)
-    out_TD = _Down.apply(h_RN, a_RI, routing_weights_TK, w_down_EDI, bias_down_ED, again, routing, how)
+    out_TD = _Down.apply(h_RN, a_RI, routing_weights_TK, w_down_EDI, bias_down_ED, again, routing, how, residual)
     return out_TD.to(x_TD.dtype)
 
 
@@ -128,8 +148,8 @@ class _Down(torch.autograd.Function):
     """(H, A, S) -> O. Saves H and recomputes A from it; its backward returns dH in H's own memory."""
 
     @staticmethod
-    def forward(ctx, h_RN, a_RI, weights_TK, w_EDI, bias_ED, again, plan, how):
-        out_TD = _down(a_RI, w_EDI, bias_ED, weights_TK, plan, h_RN.shape[1], how)
+    def forward(ctx, h_RN, a_RI, weights_TK, w_EDI, bias_ED, again, plan, how, residual_TD):
+        out_TD = _down(a_RI, w_EDI, bias_ED, weights_TK, plan, h_RN.shape[1], how, residual_TD)
         ctx.save_for_backward(h_RN, weights_TK, w_EDI, bias_ED, *plan[:4], *again)
         ctx.block_m, ctx.how, ctx.consumed = plan.block_m, how, None
         return out_TD
@@ -138,7 +158,7 @@ class _Down(torch.autograd.Function):
     def backward(ctx, d_out_TD):
         h_RN, weights_TK, w_EDI, bias_ED, plan, again = _saved(ctx)
         how, d_out_TD = ctx.how, d_out_TD.contiguous()
-        needs_h, _, needs_weights, needs_w, needs_bias, *_ = ctx.needs_input_grad
+        needs_h, _, needs_weights, needs_w, needs_bias, *_, needs_residual = ctx.needs_input_grad
         dh_RN = dw_EDI = d_weights_TK = d_bias_ED = None
         if needs_h or needs_weights or needs_w:
             if how.recompute:
@@ -146,7 +166,7 @@ class _Down(torch.autograd.Function):
             a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan)
             dh_RN = h_RN
         if needs_w:
-            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI.dtype)
+            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI)
         if needs_weights:
             d_weights_TK = _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
         if needs_bias:
@@ -160,6 +180,7 @@ class _Down(torch.autograd.Function):
             None,
             None,
             None,
+            d_out_TD if needs_residual else None,
         )
 
 
@@ -171,18 +192,18 @@ class _Compiled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, plan, how):
+    def forward(ctx, x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, plan, how, residual_TD):
         h_RN, a_RI = _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, store_h=how.store_h, store_a=True)
         ctx.save_for_backward(x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, h_RN, *plan[:4])
         ctx.block_m, ctx.how = plan.block_m, how
-        return _down(a_RI, w_EDI, bias_ED, weights_TK, plan, w_E2ID.shape[1], how)
+        return _down(a_RI, w_EDI, bias_ED, weights_TK, plan, w_E2ID.shape[1], how, residual_TD)
 
     @staticmethod
     def backward(ctx, d_out_TD):
         refuse_double_backward("moe_experts")
         x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, h_RN, *tensors = ctx.saved_tensors
         plan, how, d_out_TD = RoutingPlan(*tensors, ctx.block_m), ctx.how, d_out_TD.contiguous()
-        *needs_gate_up, needs_weights, needs_w, needs_bias, _, _ = ctx.needs_input_grad
+        *needs_gate_up, needs_weights, needs_w, needs_bias, _, _, needs_residual = ctx.needs_input_grad
         d_gate_up, d_weights_TK, dw_EDI, d_bias_ED = (None, None, None), None, None, None
         if any(needs_gate_up) or needs_weights or needs_w:
             if how.recompute:
@@ -191,24 +212,25 @@ class _Compiled(torch.autograd.Function):
             dh_RN, a_scaled_RI, d_weights_TK = torch.ops.moe_kernels.d_activation(*arguments)
             d_gate_up = _d_gate_up(dh_RN, x_TD, w_E2ID, plan, how.dtype, *needs_gate_up)
         if needs_w:
-            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI.dtype)
+            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI)
         if needs_weights:
             d_weights_TK = _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
         if needs_bias:
             d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
-        return *d_gate_up, d_weights_TK if needs_weights else None, dw_EDI, d_bias_ED, None, None
+        d_residual_TD = d_out_TD if needs_residual else None
+        return *d_gate_up, d_weights_TK if needs_weights else None, dw_EDI, d_bias_ED, None, None, d_residual_TD
 
 
 # The steps
 
 
-def _decodes(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation) -> bool:
+def _decodes(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation, *options) -> bool:
     """Whether decode_experts has a kernel for these arguments and few enough rows an expert to be the faster way."""
     if indices_TK.numel() > min(decode_experts.MAX_ROWS, MIN_BLOCK_M * w_END.shape[0]) or torch.compiler.is_compiling():
         return False
     if not w_END.dtype == w_EDI.dtype == x_TD.dtype == products_dtype(x_TD, x_TD.device.type):
         return False
-    arguments = x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation
+    arguments = x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation, *options
     return backends.is_first("cuda", "decode_experts", decode_experts.problem(*arguments))
 
 
@@ -225,16 +247,17 @@ def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
         how.activation,
         store_h,
         store_a,
+        *how.options,
     )
 
 
-def _down(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how):
+def _down(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how, residual_TD):
     w_EDI, bias_ED = w_EDI.to(how.dtype), _to(bias_ED, how.dtype)
-    return _row_product_and_sum(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, trans_w=True)
+    return _row_product_and_sum(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, residual_TD, trans_w=True)
 
 
-def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, *, trans_w) -> Tensor:
-    """sum over k of s * (a . W) per token, [T, D]; ``inner`` is N, the width of H."""
+def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, residual_TD=None, *, trans_w) -> Tensor:
+    """residual + sum over k of s * (a . W) per token, [T, D]; ``inner`` is N, the width of H."""
     width = w.shape[1 if trans_w else 2]
     out_TD = a_RC.new_empty(plan.positions_TK.shape[0], width)
     step = _chunk_columns(a_RC, width, plan.num_experts * inner * width)
@@ -249,7 +272,8 @@ def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, *, trans_w) 
             plan.block_m,
             trans_w,
         )
-        torch.ops.moe_kernels.combine(out_TD[:, columns], y_Rn, plan.positions_TK, weights_TK, None)
+        residual_Tn = None if residual_TD is None else residual_TD[:, columns]
+        torch.ops.moe_kernels.combine(out_TD[:, columns], y_Rn, plan.positions_TK, weights_TK, residual_Tn)
     return out_TD
 
 
@@ -277,6 +301,7 @@ def _of_d_activation(d_out_TD, w_EDI, h_RN, weights_TK, plan, how) -> tuple:
         plan.tiles_2M,
         plan.block_m,
         how.activation,
+        *how.options,
     )
 
 
@@ -293,10 +318,24 @@ def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
     return a_scaled_RI, d_weights_TK
 
 
-def _d_w_down(d_out_TD, a_scaled_RI, plan, dtype) -> Tensor:
-    return torch.ops.moe_kernels.grouped_wgrad(
-        d_out_TD, a_scaled_RI, plan.offsets_E1, plan.slots_R, plan.top_k, "lhs", False, dtype
-    )[0]
+def _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI) -> Tensor:
+    return _wgrad(d_out_TD, a_scaled_RI, plan, w_EDI, gather="lhs")[0]
+
+
+def _wgrad(lhs, rhs, plan, w, *, gather, sum_lhs=False) -> tuple[Tensor, Tensor | None]:
+    """The gradient of ``w`` [E, lhs columns, rhs columns] and perhaps the sums of lhs rows.
+
+    A weight that is stored transposed gets its gradient stored so: ``.grad`` then takes it without a copy.
+    """
+    transposed = w.stride(2) != 1 and w.stride(1) == 1
+    if transposed:
+        lhs, rhs, gather = rhs, lhs, {"lhs": "rhs", "rhs": "lhs"}[gather]
+    dw, sums = torch.ops.moe_kernels.grouped_wgrad(
+        lhs, rhs, plan.offsets_E1, plan.slots_R, plan.top_k, gather, sum_lhs and not transposed, w.dtype
+    )
+    if not transposed:
+        return dw, sums
+    return dw.mT, row_sums(rhs, plan, w.dtype) if sum_lhs else None
 
 
 def _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
@@ -312,9 +351,7 @@ def _d_gate_up(dh_RN, x_TD, w_E2ID, plan, dtype, needs_x, needs_w, needs_bias) -
         inner = w_E2ID.shape[1]
         dx_TD = _row_product_and_sum(dh_RN, w_E2ID.to(dtype), None, None, plan, inner, trans_w=False)
     if needs_w:
-        dw_E2ID, d_bias_E2I = torch.ops.moe_kernels.grouped_wgrad(
-            dh_RN, x_TD, plan.offsets_E1, plan.slots_R, plan.top_k, "rhs", needs_bias, w_E2ID.dtype
-        )
+        dw_E2ID, d_bias_E2I = _wgrad(dh_RN, x_TD, plan, w_E2ID, gather="rhs", sum_lhs=needs_bias)
     elif needs_bias:
         d_bias_E2I = row_sums(dh_RN, plan, w_E2ID.dtype)
     return dx_TD, dw_E2ID, d_bias_E2I if needs_bias else None

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from moe_kernels.functional import RoutingPlan, moe_experts
 from moe_kernels.functional._experts_contract import RECOMPUTE
 from moe_kernels.modules._arguments import one_of, positive
-from moe_kernels.ops._contract import ACTIVATIONS, is_gated
+from moe_kernels.ops._contract import check_activation, is_gated
 
 
 class Experts(nn.Module):
@@ -16,7 +16,11 @@ class Experts(nn.Module):
         hidden_size: D.
         intermediate_size: I of one expert.
         num_experts: E.
-        activation: gated "swiglu", "geglu", "geglu_tanh"; non-gated "relu2", "gelu", "gelu_tanh", "silu".
+        activation: gated "swiglu", "geglu", "geglu_tanh", and the clamped "swiglu_oai", "swiglu_clamp_before",
+            "swiglu_clamp_after"; non-gated "relu2", "gelu", "gelu_tanh", "silu".
+        alpha, limit: the numbers of a clamped activation, see :func:`functional.moe_experts`.
+        interleaved: gate and up rows in turn instead of gate rows first.
+        transposed: keep the weights as [E, in, out]. gpt-oss does both.
         bias: add biases to both products.
         recompute: None, or "pre_activation" to save only the input and make the pre-activation again in the backward.
         device, dtype: of the parameters.
@@ -24,6 +28,7 @@ class Experts(nn.Module):
     Parameters (the layouts of Hugging Face Transformers v5):
         gate_up_proj [E, 2I, D], gate rows before up rows; non-gated: up_proj [E, I, D]
         down_proj [E, D, I]
+        with ``transposed`` [E, D, 2I] or [E, D, I], and [E, I, D]
         gate_up_proj_bias [E, 2I] or up_proj_bias [E, I], down_proj_bias [E, D] with ``bias``
 
     Shapes:
@@ -37,6 +42,10 @@ class Experts(nn.Module):
         num_experts: int,
         *,
         activation: str = "swiglu",
+        alpha: float | None = None,
+        limit: float | None = None,
+        interleaved: bool = False,
+        transposed: bool = False,
         bias: bool = False,
         recompute: str | None = None,
         device: torch.device | str | None = None,
@@ -44,26 +53,28 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         positive("Experts", hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts)
-        one_of("Experts", "activation", activation, ACTIVATIONS)
+        check_activation("Experts", activation, alpha, limit, interleaved)
         one_of("Experts", "recompute", recompute, RECOMPUTE)
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
-        self.activation, self.recompute = activation, recompute
+        self.activation, self.alpha, self.limit, self.recompute = activation, alpha, limit, recompute
+        self.interleaved, self.transposed = interleaved, transposed
         gated = is_gated(activation)
         self._up_name = "gate_up_proj" if gated else "up_proj"
         shapes = {
             self._up_name: (num_experts, intermediate_size * (2 if gated else 1), hidden_size),
             "down_proj": (num_experts, hidden_size, intermediate_size),
         }
-        for name, shape in shapes.items():
+        for name, (experts, rows, columns) in shapes.items():
+            shape = (experts, columns, rows) if transposed else (experts, rows, columns)
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-            bias_parameter = nn.Parameter(torch.empty(shape[:2], device=device, dtype=dtype)) if bias else None
+            bias_parameter = nn.Parameter(torch.empty((experts, rows), device=device, dtype=dtype)) if bias else None
             self.register_parameter(f"{name}_bias", bias_parameter)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for name in (self._up_name, "down_proj"):  # each expert as an nn.Linear of its own
             weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
-            bound = 1 / math.sqrt(weight.shape[2])
+            bound = 1 / math.sqrt(weight.shape[1 if self.transposed else 2])
             nn.init.uniform_(weight, -bound, bound)
             if bias is not None:
                 nn.init.uniform_(bias, -bound, bound)
@@ -76,13 +87,19 @@ class Experts(nn.Module):
             routing_weights_TK: [T, K].
             routing: expert indices [T, K] (below 0 or >= E: no expert), or their ``functional.routing_plan``.
         """
+        up, down = getattr(self, self._up_name), self.down_proj
+        if self.transposed:
+            up, down = up.mT, down.mT
         return moe_experts(
             x_TD,
             routing_weights_TK,
             routing,
-            getattr(self, self._up_name),
-            self.down_proj,
+            up,
+            down,
             activation=self.activation,
+            alpha=self.alpha,
+            limit=self.limit,
+            interleaved=self.interleaved,
             bias_gate_up_E2I=getattr(self, f"{self._up_name}_bias"),
             bias_down_ED=self.down_proj_bias,
             recompute=self.recompute,
@@ -91,4 +108,7 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         text = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
         text += f"num_experts={self.num_experts}, activation={self.activation}, bias={self.down_proj_bias is not None}"
+        for name, default in (("alpha", None), ("limit", None), ("interleaved", False), ("transposed", False)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
         return text if self.recompute is None else f"{text}, recompute={self.recompute}"

@@ -1,21 +1,11 @@
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels.modules._arguments import one_of, positive
+from moe_kernels.backends.reference._common import activate
+from moe_kernels.modules._arguments import positive
 from moe_kernels.modules.experts import Experts
 from moe_kernels.modules.topk_router import TopKRouter
-
-#: activation -> (is it gated, its nonlinearity), for the shared expert
-_NONLINEARITIES = {
-    "swiglu": (True, F.silu),
-    "geglu": (True, F.gelu),
-    "geglu_tanh": (True, lambda z: F.gelu(z, approximate="tanh")),
-    "relu2": (False, lambda z: F.relu(z).square()),
-    "gelu": (False, F.gelu),
-    "gelu_tanh": (False, lambda z: F.gelu(z, approximate="tanh")),
-    "silu": (False, F.silu),
-}
+from moe_kernels.ops._contract import check_activation, is_gated
 
 
 class MoE(nn.Module):
@@ -26,7 +16,7 @@ class MoE(nn.Module):
         intermediate_size: I of one expert.
         num_experts: E.
         top_k: K, experts per token.
-        activation: of the experts and the shared expert, see :class:`Experts`.
+        activation, alpha, limit: of the experts and the shared expert, see :class:`Experts`.
         shared_intermediate_size: width of the shared expert; None for no shared expert.
         recompute: see :class:`Experts`.
         device, dtype: of the parameters.
@@ -45,6 +35,8 @@ class MoE(nn.Module):
         top_k: int,
         *,
         activation: str = "swiglu",
+        alpha: float | None = None,
+        limit: float | None = None,
         shared_intermediate_size: int | None = None,
         recompute: str | None = None,
         device: torch.device | str | None = None,
@@ -53,15 +45,14 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         where = {"device": device, "dtype": dtype}
+        how = {"activation": activation, "alpha": alpha, "limit": limit}
         self.hidden_size = hidden_size
         self.router = TopKRouter(hidden_size, num_experts, top_k, **router_options, **where)
-        self.experts = Experts(
-            hidden_size, intermediate_size, num_experts, activation=activation, recompute=recompute, **where
-        )
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, recompute=recompute, **how, **where)
         self.shared_expert = None
         if shared_intermediate_size is not None:
             positive("MoE", shared_intermediate_size=shared_intermediate_size)
-            self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, activation=activation, **where)
+            self.shared_expert = SharedExpert(hidden_size, shared_intermediate_size, **how, **where)
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -79,23 +70,29 @@ class MoE(nn.Module):
 class SharedExpert(nn.Module):
     """A plain MLP with the experts' activation: gate_up_proj [2S, D] or up_proj [S, D], and down_proj [D, S]."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str,
+        alpha: float | None = None,
+        limit: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        one_of("SharedExpert", "activation", activation, tuple(_NONLINEARITIES))
-        self.activation = activation
-        gated, _ = _NONLINEARITIES[activation]
+        check_activation("SharedExpert", activation, alpha, limit)
+        self.activation, self.alpha, self.limit = activation, alpha, limit
+        gated = is_gated(activation)
         self._up_name = "gate_up_proj" if gated else "up_proj"
         options = {"bias": False, "device": device, "dtype": dtype}
         self.add_module(self._up_name, nn.Linear(hidden_size, intermediate_size * (2 if gated else 1), **options))
         self.down_proj = nn.Linear(intermediate_size, hidden_size, **options)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gated, nonlinearity = _NONLINEARITIES[self.activation]
         h = getattr(self, self._up_name)(x_TD)
-        if not gated:
-            return self.down_proj(nonlinearity(h))
-        gate, up = h.chunk(2, dim=-1)
-        return self.down_proj(nonlinearity(gate) * up)
+        return self.down_proj(activate(h, self.activation, self.alpha, self.limit))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

@@ -3,16 +3,26 @@
 Shape letters: T tokens, K experts per token, R = T*K routed rows, E experts, D hidden, I expert intermediate.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
-#: Activations between the two expert products. Gated ones split the pre-activation into [gate, up] halves.
-GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh")
+#: Activations between the two expert products. Gated ones split the pre-activation into gate and up columns: halves, or
+#: in turn where it is interleaved. Clamped ones hold the gate below ``limit`` and up within it, on both sides:
+#:     swiglu_oai             (up + 1) * gate * sigmoid(alpha * gate)     both clamped
+#:     swiglu_clamp_before    silu(gate) * up                             both clamped
+#:     swiglu_clamp_after     min(silu(gate), limit) * up                 up clamped
+CLAMPED_ACTIVATIONS = ("swiglu_oai", "swiglu_clamp_before", "swiglu_clamp_after")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", *CLAMPED_ACTIVATIONS)
 PLAIN_ACTIVATIONS = ("relu2", "gelu", "gelu_tanh", "silu")
 ACTIVATIONS = GATED_ACTIVATIONS + PLAIN_ACTIVATIONS
+
+#: The end of the schema of an op with an activation.
+ACTIVATION_OPTIONS = "float? alpha=None, float? limit=None, bool interleaved=False"
 
 
 def is_gated(activation: str) -> bool:
@@ -80,9 +90,20 @@ def check_offsets(op: str, offsets: Tensor, like: Tensor) -> None:
         fail(op, "offsets", offsets, "of at least 2 elements, E + 1")
 
 
-def check_activation(op: str, activation: str) -> None:
+def check_activation(
+    op: str, activation: str, alpha: float | None = None, limit: float | None = None, interleaved: bool = False
+) -> None:
     if activation not in ACTIVATIONS:
         fail(op, "activation", activation, "one of " + ", ".join(ACTIVATIONS))
+    is_taken = {"alpha": activation == "swiglu_oai", "limit": activation in CLAMPED_ACTIVATIONS}
+    for name, value in (("alpha", alpha), ("limit", limit)):
+        if not is_taken[name]:
+            if value is not None:
+                fail(op, name, value, f"None: {activation} has none")
+        elif not isinstance(value, (int, float, torch.SymFloat)) or not 0 < value < math.inf:
+            fail(op, name, value, f"a positive finite number, which {activation} needs")
+    if interleaved and not is_gated(activation):
+        fail(op, "interleaved", interleaved, f"False: {activation} has no gate")
 
 
 def check_block_m(op: str, block_m: int) -> None:

@@ -6,8 +6,9 @@
     dS     = <dA'[r], A[r]>                     gradient of the routing weight (without a down bias)
     dH[r]  = s * dA'[r] * act'(H[r])            pre-activation gradient
 
-W_down is [E, D, I]. ``d_activation`` returns dH in a tensor of its own; ``d_activation_`` writes it over H, which
-saves R*N elements and consumes H. dS is fp32 [T, K], zero for dropped slots, summed in a fixed order.
+W_down is [E, D, I]. H and dH have gate columns before up columns, or in turn where they are ``interleaved``; where a
+clamp held a value its gradient is zero. ``d_activation`` returns dH in a tensor of its own; ``d_activation_`` writes it
+over H, which saves R*N elements and consumes H. dS is fp32 [T, K], zero for dropped slots, summed in a fixed order.
 Source: SonicMoE (arXiv 2512.14080) for dS from <dA', A> and A' in one epilogue.
 """
 
@@ -19,9 +20,9 @@ from moe_kernels.ops._library import define
 from moe_kernels.ops.gate_up import activation_width, check_plan, traits
 
 
-def _check(d_out_TD, w_down_EDI, h_RN, weights_TK, offsets_E1, slots_R, tiles_2M, block_m, activation):
+def _check(d_out_TD, w_down_EDI, h_RN, weights_TK, offsets_E1, slots_R, tiles_2M, block_m, activation, *options):
     op = "d_activation"
-    c.check_activation(op, activation)
+    c.check_activation(op, activation, *options)
     c.check_matrix(op, "d_out", d_out_TD, 2, "[T, D]")
     c.check_matrix(op, "w_down", w_down_EDI, 3, "[E, D, I]")
     c.check_like(op, "w_down", w_down_EDI, d_out_TD, "d_out")
@@ -51,12 +52,18 @@ def _kernel_apart(run, d_out, w_down, h, *rest):
     return (dh, *run(dh, d_out, w_down, h, *rest))
 
 
-_ARGUMENTS = "Tensor weights, Tensor offsets, Tensor slots, Tensor tiles, int block_m, str activation) -> "
+_ARGUMENTS = (
+    "Tensor weights, Tensor offsets, Tensor slots, Tensor tiles, int block_m, str activation, "
+    f"{c.ACTIVATION_OPTIONS}) -> "
+)
 
 
-def _problem(d_out, w_down, h, weights, offsets, slots, tiles, block_m, activation):
+def _problem(
+    d_out, w_down, h, weights, offsets, slots, tiles, block_m, activation, alpha=None, limit=None, interleaved=False
+):
     dims = (w_down.shape[1], w_down.shape[2])
-    return Problem(d_out.device, d_out.dtype, dims, block_m, traits(w_down, activation=activation))
+    asked = traits(w_down, activation=activation, interleaved=interleaved)
+    return Problem(d_out.device, d_out.dtype, dims, block_m, asked)
 
 
 define(

@@ -3,7 +3,8 @@
     out[t] = sum over k of weights[t, k] * (act(x[t] . W_gate_up[e]^T (+ bias)) . W_down[e]^T (+ bias))
 
 with e = indices[t, k]. The same function as routing_plan, gate_up, grouped_gemm and combine in a row, for a decode step
-or a short batch: R = T * K at most ``MAX_ROWS``. Indices outside 0..E-1 mean "no expert".
+or a short batch: R = T * K at most ``MAX_ROWS``. Indices outside 0..E-1 mean "no expert". ``alpha``, ``limit`` and
+``interleaved`` as in gate_up.
 """
 
 from moe_kernels.backends import Problem
@@ -14,19 +15,32 @@ from moe_kernels.ops.gate_up import activation_width, traits
 MAX_ROWS = 2048
 
 
-def problem(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation):
+def problem(
+    x_TD,
+    indices_TK,
+    weights_TK,
+    w_END,
+    bias_EN,
+    w_EDI,
+    bias_ED,
+    activation,
+    alpha=None,
+    limit=None,
+    interleaved=False,
+):
+    asked = traits(w_END, bias=bias_EN is not None, activation=activation, interleaved=interleaved)
     transposed = ("transposed weights",) if w_EDI.stride(2) != 1 else ()
     return Problem(
         x_TD.device,
         x_TD.dtype,
         (x_TD.shape[1], activation_width(w_END.shape[1], activation)),
-        traits=traits(w_END, bias=bias_EN is not None, activation=activation) + transposed,
+        traits=asked + transposed,
     )
 
 
-def _check(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation):
+def _check(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activation, *options):
     op = "decode_experts"
-    c.check_activation(op, activation)
+    c.check_activation(op, activation, *options)
     c.check_matrix(op, "x", x_TD, 2, "[T, D]")
     if indices_TK.dtype not in c.INTEGERS or indices_TK.dim() != 2:
         c.fail(op, "expert_indices", indices_TK, "an int64 or int32 tensor [T, K]")
@@ -53,7 +67,7 @@ def _check(x_TD, indices_TK, weights_TK, w_END, bias_EN, w_EDI, bias_ED, activat
 
 define(
     "decode_experts(Tensor x, Tensor expert_indices, Tensor weights, Tensor w_gate_up, Tensor? bias_gate_up, "
-    "Tensor w_down, Tensor? bias_down, str activation) -> Tensor",
+    f"Tensor w_down, Tensor? bias_down, str activation, {c.ACTIVATION_OPTIONS}) -> Tensor",
     check=_check,
     fake=lambda x, *_: x.new_empty(x.shape),
     problem=problem,

@@ -3,8 +3,10 @@
     H[r] = x[token(r)] . W[e]^T (+ bias[e])     pre-activation, [R, N]
     A[r] = act(H[r])                            [R, I]; gated: act(H[:, :I]) * H[:, I:], N = 2I; else N = I
 
-e is the expert that owns sorted row r and token(r) = slots[r] // top_k. W is [E, N, D], gate rows before up rows.
-``store_h`` / ``store_a`` leave out an output nobody reads; it then comes back empty.
+e is the expert that owns sorted row r and token(r) = slots[r] // top_k. W is [E, N, D], gate rows before up rows;
+``interleaved``: gate and up rows in turn, and so are the columns of H and the bias. ``alpha`` and ``limit`` are those
+of the clamped activations (``_contract.py``). ``store_h`` / ``store_a`` leave out an output nobody reads; it then comes
+back empty.
 """
 
 from moe_kernels.backends import Problem
@@ -18,11 +20,12 @@ def activation_width(n: int, activation: str) -> int:
     return n // 2 if c.is_gated(activation) else n
 
 
-def traits(w, *, bias: bool = False, activation: str = "swiglu") -> tuple[str, ...]:
+def traits(w, *, bias: bool = False, activation: str = "swiglu", interleaved: bool = False) -> tuple[str, ...]:
     """What is asked for beyond the plainest product with ``w``; see :class:`Problem`."""
     asked = {
         "bias": bias,
         f"activation {activation}": activation != "swiglu",
+        "interleaved gate_up": interleaved,
         "transposed weights": w.stride(2) != 1,
     }
     return tuple(name for name, is_asked in asked.items() if is_asked)
@@ -37,9 +40,9 @@ def check_plan(op, data, offsets_E1, tiles_2M, block_m, num_experts, rows):
     c.check_size(op, "tiles", tiles_2M, 1, max_tiles(rows, num_experts, block_m), f"{rows} rows by {block_m}")
 
 
-def _check(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, activation, store_h, store_a):
+def _check(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, activation, store_h, store_a, *options):
     op = "gate_up"
-    c.check_activation(op, activation)
+    c.check_activation(op, activation, *options)
     c.check_matrix(op, "x", x_TD, 2, "[T, D]")
     c.check_matrix(op, "w_gate_up", w_END, 3, "[E, 2I, D] (gated) or [E, I, D]")
     c.check_like(op, "w_gate_up", w_END, x_TD, "x")
@@ -57,7 +60,7 @@ def _check(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, 
         c.fail(op, "store_h, store_a", (store_h, store_a), "true for at least one output")
 
 
-def _fake(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, activation, store_h, store_a):
+def _fake(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, activation, store_h, store_a, *_):
     rows, n = slots_R.shape[0], w_END.shape[1]
     return (
         x_TD.new_empty(rows, n) if store_h else x_TD.new_empty(0, n),
@@ -65,16 +68,17 @@ def _fake(x_TD, w_END, bias_EN, offsets_E1, slots_R, tiles_2M, block_m, top_k, a
     )
 
 
+def _problem(
+    x, w, bias, offsets, slots, tiles, block_m, top_k, activation, h, a, alpha=None, limit=None, interleaved=False
+):
+    asked = traits(w, bias=bias is not None, activation=activation, interleaved=interleaved)
+    return Problem(x.device, x.dtype, (x.shape[1], activation_width(w.shape[1], activation)), block_m, asked)
+
+
 define(
     "gate_up(Tensor x, Tensor w_gate_up, Tensor? bias_gate_up, Tensor offsets, Tensor slots, Tensor tiles, "
-    "int block_m, int top_k, str activation, bool store_h, bool store_a) -> (Tensor, Tensor)",
+    f"int block_m, int top_k, str activation, bool store_h, bool store_a, {c.ACTIVATION_OPTIONS}) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    problem=lambda x, w, bias, o, s, t, block_m, top_k, activation, *_: Problem(
-        x.device,
-        x.dtype,
-        (x.shape[1], activation_width(w.shape[1], activation)),
-        block_m,
-        traits(w, bias=bias is not None, activation=activation),
-    ),
+    problem=_problem,
 )

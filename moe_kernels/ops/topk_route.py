@@ -1,13 +1,18 @@
-"""topk_route: router logits -> routing weights [T, K] fp32 and expert indices [T, K] int64, best expert first.
+"""topk_route: router logits -> routing weights [T, K] and expert indices [T, K] int64, best expert first.
 
-    p        = scoring(logits) in fp32               softmax over E, or sigmoid
-    choice   = p + selection_bias                    the bias chooses, it does not weigh, and gets no gradient
-    groups   : with num_groups > 1 keep the experts of the top_groups groups with the best sum of two choices
+    z        = soft_cap * tanh(logits / soft_cap)    where soft_cap > 0
+    p        = scoring(z) in fp32                    softmax over E, sigmoid, or sqrt(softplus)
+    choice   = p + selection_bias                    the bias chooses, it does not weigh, and gets no gradient;
+                                                     without one the logits choose: every scoring ascends, and near
+                                                     ties of p are no ties of the logits
+    groups   : with num_groups > 1 keep the experts of the top_groups groups with the best sum of two choices, or the
+               best choice (group_score "max"); losers_zero: the other experts stay, with a choice of 0
     indices  = the top_k of choice; ties go to the lowest index, NaN counts as -inf: always K distinct experts
-    weights  = p[indices]; renormalize: / (sum + epsilon); * scale
+    weights  = p[indices]; renormalize: / max(sum + epsilon, min_sum); * scale; cast to weights_dtype, fp32 by default
 
-``score_after_topk`` picks on the logits and scores only the chosen (gpt-oss, Granite).
-``topk_route_bwd`` is its backward: d_weights -> d_logits.
+``score_after_topk`` picks on z and scores only the chosen (gpt-oss, Granite). ``round_scores`` rounds p and every later
+step to the dtype of the logits, as routers do that leave the fp32 to nobody (Mistral 4, DeepSeek-V4, LFM2).
+``topk_route_bwd`` is its backward: d_weights -> d_logits; the indices of a token are distinct.
 """
 
 import torch
@@ -16,15 +21,32 @@ from moe_kernels.backends import Problem
 from moe_kernels.ops import _contract as c
 from moe_kernels.ops._library import define
 
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+GROUP_SCORES = ("top2_sum", "max")
 
 
-def _check(logits_TE, bias_E, top_k, scoring, score_after_topk, renormalize, epsilon, scale, num_groups, top_groups):
+def _check(
+    logits_TE,
+    bias_E,
+    top_k,
+    scoring,
+    score_after_topk,
+    renormalize,
+    epsilon,
+    scale,
+    num_groups,
+    top_groups,
+    group_score="top2_sum",
+    losers_zero=False,
+    min_sum=0.0,
+    soft_cap=0.0,
+    round_scores=False,
+    weights_dtype=None,
+):
     op = "topk_route"
     c.check_matrix(op, "logits", logits_TE, 2, "[T, E]")
     experts = logits_TE.shape[1]
-    if scoring not in SCORINGS:
-        c.fail(op, "scoring", scoring, "one of " + ", ".join(SCORINGS))
+    _check_rule(op, scoring, min_sum, soft_cap)
     if not 1 <= top_k <= experts:
         c.fail(op, "top_k", top_k, f"from 1 to the number of experts {experts}")
     if bias_E is not None:
@@ -37,30 +59,66 @@ def _check(logits_TE, bias_E, top_k, scoring, score_after_topk, renormalize, eps
         c.fail(op, "top_groups", top_groups, f"from 1 to num_groups {num_groups}")
     if top_k > experts // num_groups * top_groups:
         c.fail(op, "top_k", top_k, f"at most the {experts // num_groups * top_groups} experts of the kept groups")
-    if num_groups > 1 and experts // num_groups < 2:
+    if group_score not in GROUP_SCORES:
+        c.fail(op, "group_score", group_score, "one of " + ", ".join(GROUP_SCORES))
+    if group_score == "top2_sum" and num_groups > 1 and experts // num_groups < 2:
         c.fail(op, "num_groups", num_groups, "such that each group has two experts or more")
+    if weights_dtype not in (None, *c.FLOATS):
+        c.fail(op, "weights_dtype", weights_dtype, "a floating-point dtype or None")
 
 
-def _check_bwd(d_weights_TK, logits_TE, indices_TK, scoring, score_after_topk, renormalize, epsilon, scale):
-    c.check_matrix("topk_route_bwd", "d_weights", d_weights_TK, 2, "[T, K]")
+def _check_bwd(
+    d_weights_TK,
+    logits_TE,
+    indices_TK,
+    scoring,
+    score_after_topk,
+    renormalize,
+    epsilon,
+    scale,
+    min_sum=0.0,
+    soft_cap=0.0,
+    round_scores=False,
+):
+    op = "topk_route_bwd"
+    c.check_matrix(op, "d_weights", d_weights_TK, 2, "[T, K]")
+    _check_rule(op, scoring, min_sum, soft_cap)
     if indices_TK.shape != d_weights_TK.shape:
-        c.fail("topk_route_bwd", "indices", indices_TK, f"shaped like d_weights {list(d_weights_TK.shape)}")
+        c.fail(op, "indices", indices_TK, f"shaped like d_weights {list(d_weights_TK.shape)}")
+
+
+def _check_rule(op, scoring, min_sum, soft_cap):
+    if scoring not in SCORINGS:
+        c.fail(op, "scoring", scoring, "one of " + ", ".join(SCORINGS))
+    if not min_sum >= 0:
+        c.fail(op, "min_sum", min_sum, "0 (no minimum) or positive")
+    if not soft_cap >= 0:
+        c.fail(op, "soft_cap", soft_cap, "0 (no cap) or positive")
+
+
+def _fake(logits, bias, top_k, *rule):
+    weights_dtype = rule[12] if len(rule) > 12 else None  # the dispatcher leaves out trailing defaults
+    weights_dtype = weights_dtype or torch.promote_types(logits.dtype, torch.float32)
+    return (
+        logits.new_empty((logits.shape[0], top_k), dtype=weights_dtype),
+        logits.new_empty((logits.shape[0], top_k), dtype=torch.int64),
+    )
 
 
 define(
     "topk_route(Tensor logits, Tensor? selection_bias, int top_k, str scoring, bool score_after_topk, "
-    "bool renormalize, float epsilon, float scale, int num_groups, int top_groups) -> (Tensor, Tensor)",
+    "bool renormalize, float epsilon, float scale, int num_groups, int top_groups, str group_score='top2_sum', "
+    "bool losers_zero=False, float min_sum=0.0, float soft_cap=0.0, bool round_scores=False, "
+    "ScalarType? weights_dtype=None) -> (Tensor, Tensor)",
     check=_check,
-    fake=lambda logits, bias, top_k, *_: (
-        logits.new_empty((logits.shape[0], top_k), dtype=torch.promote_types(logits.dtype, torch.float32)),
-        logits.new_empty((logits.shape[0], top_k), dtype=torch.int64),
-    ),
+    fake=_fake,
     problem=lambda logits, *_: Problem(logits.device, logits.dtype, ()),
 )
 define(
     "topk_route_bwd(Tensor d_weights, Tensor logits, Tensor indices, str scoring, bool score_after_topk, "
-    "bool renormalize, float epsilon, float scale) -> Tensor",
+    "bool renormalize, float epsilon, float scale, float min_sum=0.0, float soft_cap=0.0, bool round_scores=False)"
+    " -> Tensor",
     check=_check_bwd,
-    fake=lambda d_weights, logits, *_: torch.empty_like(logits),
+    fake=lambda d_weights, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
     problem=lambda d_weights, logits, *_: Problem(logits.device, logits.dtype, ()),
 )

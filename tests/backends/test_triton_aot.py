@@ -21,6 +21,8 @@ pytest.importorskip("triton")
 LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024, 121: 99 * 1024}
 
 OPS = sorted(backends.IMPLEMENTS["triton"])
+#: Kernels that hold a whole row in registers.
+IN_REGISTERS = ("route_kernel", "route_bwd_kernel")
 WANTED = os.environ.get("MOE_KERNELS_AOT", "")
 SCRIPT = Path(__file__).with_name("aot_compile.py")
 ROOT = Path(__file__).parents[2]
@@ -46,6 +48,8 @@ def check(results, arch, ops):
     too_much = [f"{r['variant']}: {r['shared']} bytes" for r in results if r["shared"] > LIMIT[arch]]
     assert not too_much, f"more shared memory than the {LIMIT[arch]} bytes of sm_{arch}: {too_much}"
     assert all(r["cubin"] > 0 for r in results)
+    spilled = [f"{r['variant']}: {r['stack']} bytes" for r in results if r["kernel"] in IN_REGISTERS and r["stack"]]
+    assert not spilled, f"spilled on sm_{arch}: {spilled}"
 
 
 def assert_every_row(results, arch, ops):

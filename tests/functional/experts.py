@@ -30,12 +30,15 @@ def run(p, inputs, recompute=None, plan=None):
         bias_gate_up_E2I=inputs.get("bias_gate_up"),
         bias_down_ED=inputs.get("bias_down"),
         recompute=recompute,
+        **dict(zip(("alpha", "limit", "interleaved"), p.case.options)),
     )
 
 
 def naive(p, inputs):
     x, weights, w_gate_up, w_down, *biases = inputs.values()
-    return naive_moe(x, weights, p.indices, w_gate_up, w_down, p.case.activation, *biases)
+    bias_gate_up, bias_down = biases or (None, None)
+    how = p.case.activation, bias_gate_up, bias_down, p.case.interleaved
+    return naive_moe(x, weights, p.indices, w_gate_up, w_down, *how)
 
 
 def gradients(out, inputs, d_out, **kwargs):

@@ -9,7 +9,7 @@ import torch
 from moe_kernels import use_backend
 from moe_kernels.functional import routing_plan
 from tests.functional.experts import BOTH, NAMES, RECOMPUTE, SMALL, WIDE, gradients, inputs_of, naive, run
-from tests.helpers import ACTIVATIONS, Case, Problem, assert_close, bitwise_equal
+from tests.helpers import LAYOUTS, NUMBERS, Case, Problem, assert_close, bitwise_equal
 
 module = importlib.import_module("moe_kernels.functional.moe_experts")  # the function has the same name
 
@@ -49,10 +49,10 @@ def test_against_naive_autograd(case, bias, recompute):
         assert_close(grad, expected[name], what=f"gradient of {name}")
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-def test_activations_against_naive_autograd(activation, bias):
-    p = Problem(SMALL._replace(activation=activation), dtype=torch.float64)
+def test_activations_against_naive_autograd(activation, interleaved, bias):
+    p = Problem(SMALL._replace(activation=activation, interleaved=interleaved), dtype=torch.float64)
     theirs = inputs_of(p, bias)
     truth = naive(p, theirs)
     expected = gradients(truth, theirs, p.d_out)
@@ -69,10 +69,12 @@ def test_activations_against_naive_autograd(activation, bias):
 
 
 @pytest.mark.parametrize("case", [SMALL, CASES[3], CASES[4], CASES[6]], ids=str)
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-def test_gradcheck(case, activation):
+@pytest.mark.parametrize(
+    "activation,interleaved", [("swiglu", False), ("gelu", False), *((name, name[-3:] == "oai") for name in NUMBERS)]
+)
+def test_gradcheck(case, activation, interleaved):
     """Only the recompute mode survives gradcheck's repeated backwards; the other mode gives the same bits (above)."""
-    p = Problem(case._replace(activation=activation), dtype=torch.float64)
+    p = Problem(case._replace(activation=activation, interleaved=interleaved), dtype=torch.float64)
     inputs = inputs_of(p)
     assert torch.autograd.gradcheck(
         lambda *tensors: run(p, dict(zip(NAMES, tensors)), "pre_activation"), tuple(inputs.values()), fast_mode=True
@@ -153,6 +155,29 @@ def test_strided_inputs(strided, recompute):
     expected = gradients(truth, theirs, d_out)
     for name, grad in gradients(out, inputs, d_out).items():
         assert_close(grad, expected[name], what=f"gradient of {name}")
+
+
+@BOTH
+@pytest.mark.parametrize("trained", [NAMES, ("w_gate_up", "w_down"), ("bias_gate_up",)], ids="+".join)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
+def test_gradients_of_transposed_weights_lie_like_them(interleaved, trained, recompute):
+    """A parameter [E, in, out] passed as its .mT: .grad has its layout and is the product's own memory, not a copy."""
+    p = Problem(SMALL._replace(activation="swiglu_oai", interleaved=interleaved), dtype=torch.float64)
+    inputs, theirs = inputs_of(p, frozen=set(NAMES) - set(trained)), inputs_of(p)
+    stored = {}
+    for name in ("w_gate_up", "w_down"):
+        stored[name] = getattr(p, name).mT.contiguous().requires_grad_(name in trained)
+        inputs[name] = stored[name].mT
+    out, truth = run(p, inputs, recompute), naive(p, theirs)
+    assert_close(out, truth)
+    out.backward(p.d_out)
+    expected = gradients(truth, theirs, p.d_out)
+    for name in trained:
+        if name in stored:
+            assert stored[name].grad.is_contiguous()
+            assert_close(stored[name].grad, expected[name].mT, what=f"gradient of {name}")
+        else:
+            assert_close(inputs[name].grad, expected[name], what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32-weights", "bf16-weights"])

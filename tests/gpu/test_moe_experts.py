@@ -21,6 +21,8 @@ CASES = [
     Case(50, 2, 4, 64, 40, routing="all_to_one", block_m=16),
     Case(70, 2, 8, 64, 40, routing="empty", block_m=16),
     Case(40, 4, 3, 64, 40, "relu2", routing="duplicates", block_m=16),
+    Case(70, 3, 5, 72, 200, "swiglu_oai", routing="sentinels", block_m=16, interleaved=True),
+    Case(63, 2, 8, 64, 40, "swiglu_clamp_before", block_m=16),
 ]
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch.")
@@ -45,6 +47,7 @@ def layer(p, inputs, recompute=None, plan=None):
         bias_gate_up_E2I=bias_gate_up,
         bias_down_ED=bias_down,
         recompute=recompute,
+        **dict(zip(("alpha", "limit", "interleaved"), p.case.options)),
     )
 
 
@@ -62,13 +65,28 @@ def test_against_naive_autograd(poison, case, dtype, recompute):
 
     def naive(inputs):
         x, weights, w_gate_up, w_down, *biases = inputs
-        out = naive_moe(x, weights, p.indices, w_gate_up, w_down, case.activation, *biases)
+        out = naive_moe(x, weights, p.indices, w_gate_up, w_down, case.activation, *biases, case.interleaved)
         grads = torch.autograd.grad(out, inputs, p.d_out.to(out.dtype), allow_unused=True, materialize_grads=True)
         return [out, *grads]
 
     truth, plain = naive(leaves(p, torch.float64)), naive(leaves(p))
     for name, ours, true, torchs in zip(("output", *NAMES), step(p, leaves(p), recompute), truth, plain):
         assert_close(ours, true, torchs, name)
+
+
+@DTYPES
+def test_gpt_oss_layout(poison, dtype):
+    """Interleaved and transposed: the same numbers, and gradients that lie like their parameters."""
+    p = Problem(MEDIUM._replace(activation="swiglu_oai", interleaved=True), "cuda", dtype)
+    expected = step(p, leaves(p))
+    inputs = leaves(p)
+    stored = [w.detach().mT.contiguous().requires_grad_() for w in inputs[2:4]]
+    out = layer(p, [*inputs[:2], *(w.mT for w in stored), *inputs[4:]])
+    out.backward(p.d_out)
+    grads = [inputs[0].grad, inputs[1].grad, *(w.grad.mT for w in stored), inputs[4].grad, inputs[5].grad]
+    assert all(w.grad.is_contiguous() for w in stored)
+    for name, ours, contiguous in zip(("output", *NAMES), [out, *grads], expected):
+        assert_close(ours, contiguous.double(), contiguous, name)
 
 
 @DTYPES

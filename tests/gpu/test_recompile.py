@@ -49,3 +49,19 @@ def test_no_compilation_after_the_first_step(compiled, routing):
         train_step(T, p, routing)
         assert compiled == [], f"T = {T} compiled again"
     assert routing != "uniform" or warm_up, "the hook saw nothing: this test proves nothing"
+
+
+def test_the_numbers_of_an_activation_compile_nothing(compiled):
+    p = Problem(CASE, "cuda", torch.bfloat16)
+
+    def run(alpha, limit):
+        w_gate_up = p.w_gate_up.detach().requires_grad_()
+        numbers = {"activation": "swiglu_oai", "alpha": alpha, "limit": limit}
+        moe_experts(p.x, p.weights, p.plan, w_gate_up, p.w_down, **numbers).sum().backward()
+
+    run(1.702, 7.0)
+    assert compiled, "the hook saw nothing: this test proves nothing"
+    compiled.clear()
+    for alpha, limit in ((1.0, 7.0), (1.702, 1.0), (0.5, 16.0)):
+        run(alpha, limit)
+        assert compiled == []

@@ -101,6 +101,24 @@ FAMILIES = {
         },
         2,
     ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_COMMON,
+            "intermediate_size": 96,
+            "moe_intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 2.5,
+        },
+        2,
+    ),
     "minimax_m2": (
         "MiniMaxM2Config",
         {
@@ -147,7 +165,7 @@ FAMILIES = {
         2,
     ),
 }
-ACCELERATED = tuple(name for name in FAMILIES if name != "gpt_oss")
+ACCELERATED = tuple(FAMILIES)
 
 
 def make_config(family: str):

@@ -5,9 +5,10 @@ import torch
 
 from moe_kernels.functional import routing_plan
 from moe_kernels.modules import Experts
-from tests.helpers import ACTIVATIONS, GATED, naive_moe, relative_l2
+from tests.helpers import GATED, LAYOUTS, NUMBERS, naive_moe, relative_l2
 
 T, D, I, E, K = 11, 16, 24, 5, 3  # noqa: E741
+GPT_OSS = {"activation": "swiglu_oai", "alpha": 1.702, "limit": 7.0, "interleaved": True, "transposed": True}
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +24,21 @@ def problem(dtype=torch.float32):
 
 @pytest.mark.parametrize("recompute", [None, "pre_activation"])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_against_a_naive_loop(activation, bias, recompute):
-    experts = Experts(D, I, E, activation=activation, bias=bias, recompute=recompute)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
+def test_against_a_naive_loop(activation, interleaved, transposed, bias, recompute):
+    alpha, limit = NUMBERS.get(activation, (None, None))
+    layout = {"interleaved": interleaved, "transposed": transposed}
+    numbers = {"activation": activation, "alpha": alpha, "limit": limit}
+    experts = Experts(D, I, E, **numbers, **layout, bias=bias, recompute=recompute)
     x, weights, indices = problem()
     indices[0, 0], indices[1, 1] = -1, E  # no expert
     up = "gate_up_proj" if activation in GATED else "up_proj"
     biases = (getattr(experts, f"{up}_bias"), experts.down_proj_bias)
     out = experts(x, weights, indices)
-    truth = naive_moe(x, weights, indices, getattr(experts, up), experts.down_proj, activation, *biases)
+    both = getattr(experts, up), experts.down_proj
+    both = (w.mT for w in both) if transposed else both
+    truth = naive_moe(x, weights, indices, *both, activation, *biases, interleaved)
     assert relative_l2(out, truth) < 1e-5
     leaves = (x, weights, *experts.parameters())
     wanted = torch.randn(T, D)
@@ -46,6 +53,15 @@ def test_against_a_naive_loop(activation, bias, recompute):
     [
         ({}, {"gate_up_proj": (E, 2 * I, D), "down_proj": (E, D, I)}),
         ({"activation": "relu2"}, {"up_proj": (E, I, D), "down_proj": (E, D, I)}),
+        (
+            GPT_OSS | {"bias": True},
+            {
+                "gate_up_proj": (E, D, 2 * I),
+                "gate_up_proj_bias": (E, 2 * I),
+                "down_proj": (E, I, D),
+                "down_proj_bias": (E, D),
+            },
+        ),
         (
             {"bias": True},
             {
@@ -66,8 +82,9 @@ def test_state_dict(options, shapes):
     assert torch.equal(clone(x, weights, indices), experts(x, weights, indices))
 
 
-def test_initialised_like_nn_linear():
-    experts = Experts(64, 128, 4, bias=True)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_initialised_like_nn_linear(transposed):
+    experts = Experts(64, 128, 4, bias=True, transposed=transposed)
     for name, fan_in in (("gate_up_proj", 64), ("down_proj", 128)):
         weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias")
         bound = fan_in**-0.5
@@ -104,7 +121,10 @@ def test_autocast(op_counter):
 
 
 def test_repr():
+    text = repr(Experts(D, I, E, **GPT_OSS))
+    assert all(f"{name}={value}" in text for name, value in GPT_OSS.items())
     text = repr(Experts(D, I, E, activation="geglu", recompute="pre_activation"))
+    assert "limit" not in text and "transposed" not in text
     assert "num_experts=5" in text and "activation=geglu" in text and "recompute=pre_activation" in text
 
 
@@ -115,6 +135,10 @@ def test_repr():
         ((D, -1, E), {}, "intermediate_size must be a positive integer, got -1"),
         ((D, I, True), {}, "num_experts must be a positive integer, got True"),
         ((D, I, E), {"activation": "mish"}, "activation must be one of swiglu, .*got 'mish'"),
+        ((D, I, E), {"activation": "swiglu_oai", "alpha": 1.702}, "limit must be a positive finite number, .*got None"),
+        ((D, I, E), {"activation": "swiglu_oai", "alpha": 1.0, "limit": "7"}, "limit must be a positive .*got '7'"),
+        ((D, I, E), {"limit": 7.0}, "limit must be None: swiglu has none, got 7.0"),
+        ((D, I, E), {"activation": "relu2", "interleaved": True}, "interleaved must be False: relu2 has no gate"),
         ((D, I, E), {"recompute": "all"}, "recompute must be one of None, pre_activation, got 'all'"),
     ],
 )

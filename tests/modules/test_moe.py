@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_kernels.modules import MoE
-from tests.helpers import GATED, activate, naive_moe, relative_l2
+from tests.helpers import GATED, NUMBERS, activate, naive_moe, relative_l2
 
 D, I, S, E, K = 16, 24, 40, 6, 2  # noqa: E741
 
@@ -18,9 +18,10 @@ def _seed():
 
 @pytest.mark.parametrize("shape", [(D,), (9, D), (2, 5, D), (0, D)])
 @pytest.mark.parametrize("shared", [None, S])
-@pytest.mark.parametrize("activation", ["swiglu", "relu2", "geglu_tanh"])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2", "geglu_tanh", *NUMBERS])
 def test_against_a_naive_loop(activation, shared, shape):
-    moe = MoE(D, I, E, K, activation=activation, shared_intermediate_size=shared)
+    alpha, limit = NUMBERS.get(activation, (None, None))
+    moe = MoE(D, I, E, K, activation=activation, alpha=alpha, limit=limit, shared_intermediate_size=shared)
     x = torch.randn(shape, requires_grad=True)
     flat = x.view(-1, D)
     weights, indices, _ = moe.router(flat)

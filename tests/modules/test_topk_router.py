@@ -94,7 +94,7 @@ def test_state_dict_and_repr():
         ((0, E, K), {}, "hidden_size must be a positive integer, got 0"),
         ((D, E, 9), {}, "top_k must be at most num_experts = 8, got 9"),
         ((D, E, 1.5), {}, "top_k must be a positive integer, got 1.5"),
-        ((D, E, K), {"scoring": "tanh"}, "scoring must be one of softmax, sigmoid, got 'tanh'"),
+        ((D, E, K), {"scoring": "tanh"}, "scoring must be one of softmax, sigmoid, sqrtsoftplus, got 'tanh'"),
         ((D, E, K), {"num_groups": 3}, "num_groups must divide num_experts = 8"),
         ((D, E, K), {"num_groups": 8, "top_groups": 2}, "groups of two or more, got 8"),
         ((D, E, K), {"num_groups": 2, "top_groups": 3}, "top_groups must be at most num_groups = 2, got 3"),

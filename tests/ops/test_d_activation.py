@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.helpers import ACTIVATIONS, Case, Problem, assert_close, bitwise_equal
+from tests.helpers import LAYOUTS, NUMBERS, Case, Problem, assert_close, bitwise_equal
 
 OP = "d_activation"
 
@@ -19,12 +19,14 @@ CASES = [
     Case(300, 2, 3, 128, 200, block_m=128),
     Case(150, 3, 5, 64, 72, routing="sentinels", block_m=128),
     Case(40, 2, 4, 24, 520, routing="sentinels", block_m=16),
+    Case(150, 3, 5, 72, 520, "swiglu_oai", routing="sentinels", interleaved=True),
+    Case(63, 2, 8, 64, 8, "swiglu_clamp_before", block_m=16, interleaved=True),
 ]
 
 
 def rest(p, weights=None):
     plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m)
-    return (p.weights if weights is None else weights, *plan, p.case.activation)
+    return (p.weights if weights is None else weights, *plan, p.case.activation, *p.case.options)
 
 
 def check(p, weights):
@@ -50,13 +52,36 @@ def test_values(target, case, weights):
     check(p, p.weights if weights == "same" else p.weights.float() * 1.01)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(target, activation):
-    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
+def test_activations(target, activation, interleaved):
+    p = Problem(Case(50, 2, 4, 64, 40, activation, interleaved=interleaved), target.device, target.dtype)
     check(p, p.weights)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[8]], ids=str)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
+@pytest.mark.parametrize("activation", NUMBERS)
+def test_at_and_beyond_the_limit(target, activation, interleaved):
+    """As torch.clamp: the limit itself passes its gradient, what lies beyond gets none."""
+    case = Case(50, 2, 4, 64, 40, activation, interleaved=interleaved)
+    p = Problem(case, target.device, target.dtype)
+    limit = NUMBERS[activation][1]
+    p.h[: p.kept] = torch.where(p.h[: p.kept].abs() > limit, p.h[: p.kept].sign() * limit, p.h[: p.kept])
+    p.h[: p.kept : 2] *= 2
+    check(p, p.weights)
+
+
+@pytest.mark.parametrize("activation", NUMBERS)
+def test_nan_in_h(target, activation):
+    """Comes out in A', and as torch has it the clamps give it no gradient."""
+    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+    p.h[3, 5] = p.h[4, 45] = torch.nan
+    dh, a_scaled, _ = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p))
+    truth = helpers.d_activation(p, p.d_out, p.w_down, p.h, p.weights)
+    for name, ours, torchs in zip(("dH", "A'"), (dh, a_scaled), truth):
+        assert torch.equal(ours[: p.kept].isnan(), torchs.isnan()), name
+
+
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[8], CASES[12]], ids=str)
 def test_over_h_gives_the_same_bits(target, case):
     p = Problem(case, target.device, target.dtype)
     dh, *apart = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p))

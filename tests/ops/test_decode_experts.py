@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from moe_kernels.ops._contract import ACTIVATIONS
-from tests.helpers import Case, Problem, assert_close, bitwise_equal, doubled, naive_moe, op_arguments
+from tests.helpers import LAYOUTS, Case, Problem, assert_close, bitwise_equal, doubled, naive_moe, op_arguments
 
 OP = "decode_experts"
 
@@ -23,8 +22,9 @@ SMALL = Case(9, 2, 6, 136, 72)
 
 
 def run(p, *, bias=True, **changed):
-    arguments = dict(zip(("x", "indices", "weights", "w_gate_up", "b_gate_up", "w_down", "b_down", "activation"),
-                         op_arguments(OP, p)))  # fmt: skip
+    names = ("x", "indices", "weights", "w_gate_up", "b_gate_up", "w_down", "b_down", "activation", "alpha", "limit",
+             "interleaved")  # fmt: skip
+    arguments = dict(zip(names, op_arguments(OP, p), strict=True))
     if not bias:
         arguments |= {"b_gate_up": None, "b_down": None}
     return torch.ops.moe_kernels.decode_experts(*(arguments | changed).values())
@@ -35,7 +35,9 @@ def check(p, out, bias=True, weights=None):
     biases = [p.bias_gate_up, p.bias_down] if bias else [None, None]
 
     def naive(x, weights, w_gate_up, w_down, b_gate_up, b_down):
-        return naive_moe(x, weights, p.indices, w_gate_up, w_down, p.case.activation, b_gate_up, b_down)
+        return naive_moe(
+            x, weights, p.indices, w_gate_up, w_down, p.case.activation, b_gate_up, b_down, p.case.interleaved
+        )
 
     assert_close(out, naive(*doubled(*tensors, *biases)), naive(*tensors, *biases))
 
@@ -47,9 +49,9 @@ def test_values(target, case, bias):
     check(p, run(p, bias=bias), bias)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(target, activation):
-    p = Problem(SMALL._replace(activation=activation), target.device, target.dtype)
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
+def test_activations(target, activation, interleaved):
+    p = Problem(SMALL._replace(activation=activation, interleaved=interleaved), target.device, target.dtype)
     check(p, run(p))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.helpers import ACTIVATIONS, Case, Problem, assert_close, bitwise_equal
+from tests.helpers import LAYOUTS, NUMBERS, Case, Problem, assert_close, bitwise_equal
 
 OP = "gate_up"
 
@@ -18,12 +18,14 @@ CASES = [
     Case(90, 4, 3, 64, 72, "relu2", routing="duplicates", block_m=64),
     Case(300, 2, 3, 128, 200, block_m=128),
     Case(150, 3, 5, 64, 72, routing="sentinels", block_m=128),
+    Case(150, 3, 5, 72, 200, "swiglu_oai", routing="sentinels", interleaved=True),
+    Case(63, 2, 8, 64, 8, "swiglu_clamp_before", block_m=16, interleaved=True),
 ]
 
 
 def run(p, x, w, bias, store_h=True, store_a=True):
     plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m, p.case.K)
-    return torch.ops.moe_kernels.gate_up(x, w, bias, *plan, p.case.activation, store_h, store_a)
+    return torch.ops.moe_kernels.gate_up(x, w, bias, *plan, p.case.activation, store_h, store_a, *p.case.options)
 
 
 def check(p, bias):
@@ -42,15 +44,16 @@ def test_values(target, case, bias):
     check(p, p.bias_gate_up if bias else None)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(target, activation):
-    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
-    check(p, p.bias_gate_up)
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
+def test_activations(target, activation, interleaved, bias):
+    p = Problem(Case(50, 2, 4, 64, 40, activation, interleaved=interleaved), target.device, target.dtype)
+    check(p, p.bias_gate_up if bias else None)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
-def test_an_output_nobody_reads_comes_back_empty(target, activation):
-    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+@pytest.mark.parametrize("activation,interleaved", [("swiglu", False), ("silu", False), ("swiglu", True)])
+def test_an_output_nobody_reads_comes_back_empty(target, activation, interleaved):
+    p = Problem(Case(50, 2, 4, 64, 40, activation, interleaved=interleaved), target.device, target.dtype)
     h, a = run(p, p.x, p.w_gate_up, None)
     only_h, no_a = run(p, p.x, p.w_gate_up, None, store_a=False)
     no_h, only_a = run(p, p.x, p.w_gate_up, None, store_h=False)
@@ -58,8 +61,9 @@ def test_an_output_nobody_reads_comes_back_empty(target, activation):
     assert no_a.shape == (0, p.case.I) and no_h.shape == (0, p.case.N)
 
 
-def test_strided_inputs(target):
-    p = Problem(Case(50, 2, 4, 72, 40), target.device, target.dtype)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
+def test_strided_inputs(target, interleaved):
+    p = Problem(Case(50, 2, 4, 72, 40, interleaved=interleaved), target.device, target.dtype)
     expected = run(p, p.x, p.w_gate_up, None)
     wide = torch.full((50, 200), torch.nan, device=target.device, dtype=target.dtype)
     wide[:, 64:136] = p.x
@@ -78,3 +82,27 @@ def test_rerun_is_bitwise_equal(target):
     p = Problem(CASES[4], target.device, target.dtype)
     for a, b in zip(run(p, p.x, p.w_gate_up, None), run(p, p.x, p.w_gate_up, None)):
         assert bitwise_equal(a[: p.kept], b[: p.kept])
+
+
+@pytest.mark.parametrize("activation", NUMBERS)
+def test_other_numbers_are_run_time_arguments(target, activation):
+    """A limit that nothing reaches is no limit; with alpha 1 and none, OAI's is swiglu with up + 1."""
+    p = Problem(Case(50, 2, 4, 64, 40), target.device, target.dtype)
+    plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m, p.case.K)
+    arguments = p.x, p.w_gate_up, p.bias_gate_up, *plan
+    alpha = 1.0 if activation == "swiglu_oai" else None
+    h, a = torch.ops.moe_kernels.gate_up(*arguments, activation, True, True, alpha, 1e4)
+    _, swiglu = torch.ops.moe_kernels.gate_up(*arguments, "swiglu", True, True)
+    h, a, swiglu = (t[: p.kept].float() for t in (h, a, swiglu))
+    if activation == "swiglu_oai":
+        swiglu = swiglu + torch.nn.functional.silu(h[:, : p.case.I])
+    assert helpers.relative_l2(a, swiglu) <= 4 * torch.finfo(target.dtype).eps
+
+
+@pytest.mark.parametrize("activation", [*NUMBERS, "swiglu", "relu2"])
+def test_nan_is_not_hidden(target, activation):
+    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+    x = p.x.clone()
+    x[7, 3] = torch.nan
+    _, a = run(p, x, p.w_gate_up, None)
+    assert torch.equal(a[: p.kept].isnan().any(1), p.token_r == 7)

@@ -11,6 +11,7 @@ from tests.helpers import OPS, Case, Problem, op_arguments
 CASES = [
     Case(33, 2, 4, 24, 16, block_m=16),
     Case(20, 3, 5, 40, 8, "relu2", block_m=16),
+    Case(20, 3, 5, 40, 8, "swiglu_oai", block_m=16, interleaved=True),
     Case(1, 1, 2, 8, 8, block_m=16),
     Case(0, 2, 4, 24, 16, block_m=16),
 ]
@@ -28,7 +29,7 @@ def _reference():
 
 
 @EVERY_OP
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_opcheck(op, case):
     torch.library.opcheck(overload(op), op_arguments(op, Problem(case)))
 
@@ -53,7 +54,8 @@ def test_fake_matches_real(op, case, dtype):
 @pytest.mark.parametrize("activation", ["swiglu", "silu"])
 def test_fake_of_a_left_out_output(activation, store_h, store_a):
     p = Problem(CASES[0]._replace(activation=activation))
-    arguments = (*op_arguments("gate_up", p)[:-2], store_h, store_a)
+    *arguments, _, _, alpha, limit, interleaved = op_arguments("gate_up", p)
+    arguments = (*arguments, store_h, store_a, alpha, limit, interleaved)
     torch.library.opcheck(torch.ops.moe_kernels.gate_up.default, arguments)
 
 

@@ -23,6 +23,9 @@ def d_activation(
     tiles_2M: Tensor,
     block_m: int,
     activation: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows, inner = h_RN.shape[0], w_down_EDI.shape[2]
     a_RI = h_RN.new_empty(rows, inner)

@@ -20,6 +20,9 @@ def decode_experts(
     w_EDI: Tensor,
     bias_ED: Tensor | None,
     activation: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     (tokens, hidden), inner, rows = x_TD.shape, w_EDI.shape[2], indices_TK.numel()
     if rows == 0:
@@ -54,6 +57,9 @@ def decode_experts(
         top_k=indices_TK.shape[1],
         num_experts=w_END.shape[0],
         activation=activation_codes()[activation],
+        alpha=alpha or 0.0,
+        limit=limit or 0.0,
+        interleaved=interleaved,
         dtype=dtype_codes()[x_TD.dtype],
         num_sms=num_sms(x_TD.device),
     )

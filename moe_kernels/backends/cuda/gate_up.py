@@ -15,6 +15,9 @@ def gate_up(
     activation: str,
     store_h: bool,
     store_a: bool,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows, n = slots_R.shape[0], w_END.shape[1]
     h_RN = x_TD.new_empty(rows if store_h else 0, n)

@@ -1,7 +1,9 @@
 """What the reference ops share: the products expert by expert, the activations, and autocast held off."""
 
 import functools
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,19 +72,77 @@ _NONLINEARITIES = {
 }
 
 
-def activate(h: Tensor, activation: str) -> Tensor:
+def _where_within(d: Tensor, z: Tensor, low: float, high: float) -> Tensor:
+    """The gradient of a clamp of z: torch's rule, the bounds themselves pass."""
+    return torch.where((z >= low) & (z <= high), d, 0)
+
+
+def _clamp_before(gate: Tensor, up: Tensor, alpha: float | None, limit: float, shift: float = 0.0) -> Tensor:
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(gate if alpha is None else gate * alpha) * (up + shift)
+
+
+def _clamp_before_bwd(
+    d: Tensor, gate: Tensor, up: Tensor, alpha: float | None, limit: float, shift: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    alpha = 1.0 if alpha is None else alpha
+    held_gate, held_up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    sigmoid = torch.sigmoid(held_gate * alpha)
+    d_gate = d * (held_up + shift) * sigmoid * (1 + held_gate * alpha * (1 - sigmoid))
+    d_up = d * held_gate * sigmoid
+    return _where_within(d_gate, gate, -math.inf, limit), _where_within(d_up, up, -limit, limit)
+
+
+def _clamp_after(gate: Tensor, up: Tensor, alpha: None, limit: float) -> Tensor:
+    return F.silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+def _clamp_after_bwd(d: Tensor, gate: Tensor, up: Tensor, alpha: None, limit: float) -> tuple[Tensor, Tensor]:
+    f = F.silu(gate)
+    d_f = _where_within(d * up.clamp(-limit, limit), f, -math.inf, limit)
+    return torch.ops.aten.silu_backward(d_f, gate), _where_within(d * f.clamp(max=limit), up, -limit, limit)
+
+
+#: clamped activation -> (gate, up, alpha, limit) -> A, and its gradients in gate and up.
+_CLAMPED = {
+    "swiglu_oai": (partial(_clamp_before, shift=1.0), partial(_clamp_before_bwd, shift=1.0)),
+    "swiglu_clamp_before": (_clamp_before, _clamp_before_bwd),
+    "swiglu_clamp_after": (_clamp_after, _clamp_after_bwd),
+}
+
+
+def activate(
+    h: Tensor, activation: str, alpha: float | None = None, limit: float | None = None, interleaved: bool = False
+) -> Tensor:
     """[rows, N] pre-activation -> [rows, I], in the dtype of h."""
+    if activation in _CLAMPED:
+        return _CLAMPED[activation][0](*_gate_and_up(h, interleaved), alpha, limit)
     gated, nonlinearity, _ = _NONLINEARITIES[activation]
     if not gated:
         return nonlinearity(h)
-    gate, up = h.chunk(2, dim=-1)
+    gate, up = _gate_and_up(h, interleaved)
     return nonlinearity(gate) * up
 
 
-def activate_bwd(d_a: Tensor, h: Tensor, activation: str) -> Tensor:
+def activate_bwd(
+    d_a: Tensor,
+    h: Tensor,
+    activation: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
+) -> Tensor:
     """Gradient of ``activate`` in h."""
-    gated, nonlinearity, nonlinearity_bwd = _NONLINEARITIES[activation]
-    if not gated:
-        return nonlinearity_bwd(d_a, h)
-    gate, up = h.chunk(2, dim=-1)
-    return torch.cat([nonlinearity_bwd(d_a * up, gate), d_a * nonlinearity(gate)], dim=-1)
+    if activation in _CLAMPED:
+        d_gate, d_up = _CLAMPED[activation][1](d_a, *_gate_and_up(h, interleaved), alpha, limit)
+    else:
+        gated, nonlinearity, nonlinearity_bwd = _NONLINEARITIES[activation]
+        if not gated:
+            return nonlinearity_bwd(d_a, h)
+        gate, up = _gate_and_up(h, interleaved)
+        d_gate, d_up = nonlinearity_bwd(d_a * up, gate), d_a * nonlinearity(gate)
+    return torch.stack([d_gate, d_up], dim=-1).flatten(-2) if interleaved else torch.cat([d_gate, d_up], dim=-1)
+
+
+def _gate_and_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return (h[..., ::2], h[..., 1::2]) if interleaved else h.chunk(2, dim=-1)

@@ -23,8 +23,12 @@ def d_activation(
     tiles_2M: Tensor,
     block_m: int,
     activation: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Writes dH into ``dh_RN``, which may be ``h_RN`` itself; returns A' = s * A and dS."""
+    how = activation, alpha, limit, interleaved
     acc = accumulator(d_out_TD.dtype)
     counts = rows_per_expert(offsets_E1)
     kept = sum(counts)
@@ -35,9 +39,9 @@ def d_activation(
     # A' is written last, so its memory holds dA' until then.
     product_per_expert(d_out_TD.index_select(0, slots // max(weights_TK.shape[1], 1)), w_down_EDI, a_RI, counts)
     d_a, h = a_RI[:kept].to(acc), h_RN[:kept].to(acc)
-    a = activate(h, activation)
+    a = activate(h, *how)
     s = weights_TK.reshape(-1)[slots, None].to(acc)
     d_weights_TK.view(-1)[slots] = (d_a * a).sum(-1)
-    dh_RN[:kept] = activate_bwd(d_a * s, h, activation)
+    dh_RN[:kept] = activate_bwd(d_a * s, h, *how)
     a_RI[:kept] = a * s
     return a_RI, d_weights_TK

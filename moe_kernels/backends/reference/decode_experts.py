@@ -17,10 +17,14 @@ def decode_experts(
     w_EDI: Tensor,
     bias_ED: Tensor | None,
     activation: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> Tensor:
     offsets_E1, slots_R, positions_TK, tiles_2M = routing_plan(indices_TK, w_END.shape[0], _BLOCK_M)
+    options = alpha, limit, interleaved
     plan = offsets_E1, slots_R, tiles_2M, _BLOCK_M
-    _, a_RI = gate_up(x_TD, w_END, bias_EN, *plan, indices_TK.shape[1], activation, False, True)
+    _, a_RI = gate_up(x_TD, w_END, bias_EN, *plan, indices_TK.shape[1], activation, False, True, *options)
     y_RD = grouped_gemm(a_RI, w_EDI, bias_ED, offsets_E1, tiles_2M, _BLOCK_M, True)
     out_TD = x_TD.new_empty(x_TD.shape)
     combine(out_TD, y_RD, positions_TK, weights_TK, None)

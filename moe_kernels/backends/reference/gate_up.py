@@ -22,6 +22,9 @@ def gate_up(
     activation: str,
     store_h: bool,
     store_a: bool,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     counts = rows_per_expert(offsets_E1)
     kept = sum(counts)
@@ -29,9 +32,10 @@ def gate_up(
     product_per_expert(x_TD.index_select(0, slots_R[:kept] // max(top_k, 1)), w_END.mT, h_RN, counts)
     if bias_EN is not None:
         h_RN[:kept] += bias_EN.repeat_interleave(offsets_E1.diff(), 0, output_size=kept)
-    a_RI = activate(h_RN[:0], activation)
+    how = activation, alpha, limit, interleaved
+    a_RI = activate(h_RN[:0], *how)
     if store_a:
-        a = activate(h_RN[:kept].to(accumulator(x_TD.dtype)), activation)
+        a = activate(h_RN[:kept].to(accumulator(x_TD.dtype)), *how)
         a_RI = a if a.shape[0] == h_RN.shape[0] and a.dtype == h_RN.dtype else x_TD.new_empty(h_RN.shape[0], a.shape[1])
         if a_RI is not a:
             a_RI[:kept] = a

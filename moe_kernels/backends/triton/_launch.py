@@ -25,11 +25,20 @@ class Launch(NamedTuple):
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
+    fp_fusion: bool = True  # a * b + c in one rounding where the compiler likes
+
+
+def compile_options(launch: Launch) -> dict[str, Any]:
+    return {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": launch.fp_fusion,
+    }
 
 
 def launch(device: torch.device, launch: Launch) -> None:
     """Run on the current stream of ``device``, whichever device is current."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = compile_options(launch)
     if device.type != "cuda":
         launch.kernel[launch.grid](**launch.args, **launch.constexprs, **options)
         return

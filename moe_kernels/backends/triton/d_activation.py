@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_kernels.backends.triton._activation import nonlinearity
+from moe_kernels.backends.triton._activation import gated_activation, plain_activation
 from moe_kernels.backends.triton._launch import Launch, cdiv, launch
 from moe_kernels.backends.triton.gate_up import launch_gathered
 
@@ -37,8 +37,11 @@ def activation_backward_kernel(
     slots_ptr,
     num_experts,
     I,  # noqa: E741
+    alpha,
+    limit,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -53,21 +56,30 @@ def activation_backward_kernel(
         mask = kept[:, None] & (o_n < I)[None, :]
         at_h = o_r[:, None] * (2 * I if GATED else I) + o_n[None, :]
         p_a = a_ptr + o_r[:, None] * I + o_n[None, :]
-        gate = tl.load(h_ptr + at_h, mask=mask, other=0.0)
-        up = tl.load(h_ptr + at_h + I, mask=mask, other=0.0) if GATED else gate
+        if INTERLEAVED:
+            o_pair = 2 * n + tl.arange(0, 2 * COLUMNS)
+            at_pair = o_r[:, None] * (2 * I) + o_pair[None, :]
+            pair_mask = kept[:, None] & (o_pair < 2 * I)[None, :]
+            pair = tl.load(h_ptr + at_pair, mask=pair_mask, other=0.0)
+            gate, up = tl.split(pair.reshape(ROWS, COLUMNS, 2))
+        else:
+            gate = tl.load(h_ptr + at_h, mask=mask, other=0.0)
+            up = tl.load(h_ptr + at_h + I, mask=mask, other=0.0) if GATED else gate
         d_a = tl.load(p_a, mask=mask, other=0.0).to(tl.float32)
         tl.debug_barrier()  # the threads that read an element and write it differ where H isn't 16-byte aligned
 
-        f, df = nonlinearity(gate.to(tl.float32), ACTIVATION)
         d_scaled = d_a * s
         if GATED:
-            up = up.to(tl.float32)
-            a = f * up
-            tl.store(dh_ptr + at_h, (d_scaled * up * df).to(element), mask=mask)
-            tl.store(dh_ptr + at_h + I, (d_scaled * f).to(element), mask=mask)
+            a, da_dg, da_du = gated_activation(gate.to(tl.float32), up.to(tl.float32), alpha, limit, ACTIVATION)
+            d_gate, d_up = (d_scaled * da_dg).to(element), (d_scaled * da_du).to(element)
+            if INTERLEAVED:
+                tl.store(dh_ptr + at_pair, tl.join(d_gate, d_up).reshape(ROWS, 2 * COLUMNS), mask=pair_mask)
+            else:
+                tl.store(dh_ptr + at_h, d_gate, mask=mask)
+                tl.store(dh_ptr + at_h + I, d_up, mask=mask)
         else:
-            a = f
-            tl.store(dh_ptr + at_h, (d_scaled * df).to(element), mask=mask)
+            a, da_dg = plain_activation(gate.to(tl.float32), ACTIVATION)
+            tl.store(dh_ptr + at_h, (d_scaled * da_dg).to(element), mask=mask)
         tl.store(p_a, (a * s).to(element), mask=mask)
         d_s += d_a * a  # columns past I are zero in d_a
     tl.store(d_weights_ptr + slots, tl.sum(d_s, axis=1), mask=kept)
@@ -84,6 +96,9 @@ def d_activation(
     tiles_2M: Tensor,
     block_m: int,
     activation: str,
+    alpha: float | None = None,
+    limit: float | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Writes dH into ``dh_RN``, which may be ``h_RN`` itself; returns A' = s * A and dS."""
     rows, inner = h_RN.shape[0], w_down_EDI.shape[2]
@@ -111,10 +126,13 @@ def d_activation(
                 "slots_ptr": slots_R,
                 "num_experts": offsets_E1.shape[0] - 1,
                 "I": inner,
+                "alpha": alpha or 0.0,
+                "limit": limit or 0.0,
             },
             {
                 "ACTIVATION": activation,
                 "GATED": h_RN.shape[1] != inner,
+                "INTERLEAVED": interleaved,
                 "ROWS": block_rows,
                 "COLUMNS": columns,
             },

@@ -5,6 +5,7 @@ at every forward because its facts may change between two (device, dtype, adapte
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from moe_kernels import backends
 from moe_kernels.functional import moe_experts
 from moe_kernels.functional._autocast import products_dtype
+from moe_kernels.integrations.transformers.fingerprint import fingerprint
 from moe_kernels.ops._contract import FLOATS
 
 logger = logging.get_logger(__name__)
@@ -36,6 +38,31 @@ _NONLINEARITIES: dict[object, str] = {
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh"}
 _PLAIN = ("relu2", "gelu", "gelu_tanh", "silu")
 
+
+class Gate(NamedTuple):
+    """What an ``_apply_gate`` of a class's own computes, and the attributes that hold its numbers."""
+
+    activation: str
+    limit: str | None = None  # None: it is the default gate, in fp32 as our ops are anyway
+    alpha: str | None = None
+    interleaved: bool = False
+    calls_act_fn: bool = False  # where it is SiLU this is the activation; otherwise silu is in the source
+
+
+#: By the fingerprint of the gate's source; the classes are those of 5.17 and 5.23 that have it.
+_GATES = {
+    "052fa87ea368": Gate("swiglu_oai", "limit", "alpha", interleaved=True),  # GptOss
+    "121fe3bf8e8a": Gate("swiglu_oai", "limit", "alpha"),  # OpenAIPrivacyFilter
+    "4d2a5611ab95": Gate("swiglu_oai", "swiglu_limit", "swiglu_alpha"),  # MiniMaxM3VL
+    "c9a41a040677": Gate("swiglu_clamp_before", "limit", calls_act_fn=True),  # DeepseekV4
+    "f0c950163b46": Gate("swiglu_clamp_before", "swiglu_limit"),  # Glm5NextText, HYV4
+    "56b2bb71f5bc": Gate("swiglu", calls_act_fn=True),  # Beam, of 5.23
+    "9becca301256": Gate("swiglu_clamp_after", "limit", calls_act_fn=True),  # Step3p7, not decorated
+}
+_UNKNOWN = "unknown"  # in the place of a fingerprint
+#: Attributes that the gates above read, in the order of ``Facts.numbers``.
+_NUMBERS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit")
+
 #: Name of the attribute with which ``patch(model, recompute=...)`` marks an experts module.
 RECOMPUTE_ATTRIBUTE = "_moe_kernels_recompute"
 
@@ -44,7 +71,8 @@ class Facts(NamedTuple):
     """All that decides whether our ops can run a module: hashable, so that the answer is kept."""
 
     has_gate: bool
-    default_gate: bool
+    gate: str | None  # the fingerprint of one of the class's own, None for Transformers' default
+    numbers: tuple  # of a gate that isn't the default: the attributes _NUMBERS
     act_fn: object  # its class, or the function itself
     act_approximate: object  # nn.GELU("tanh") has the class of nn.GELU()
     is_transposed: bool
@@ -58,13 +86,29 @@ class Facts(NamedTuple):
     down_dtype: torch.dtype
 
 
+class Activation(NamedTuple):
+    """Arguments of ``moe_experts`` by name."""
+
+    activation: str
+    alpha: float | None = None
+    limit: float | None = None
+    interleaved: bool = False
+
+
 class Verdict(NamedTuple):
-    activation: str | None
+    activation: Activation | None
     reason: str | None  # why stock runs it, or None
 
 
 def moe_kernels_experts_forward(
-    self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args, recompute: str | None = None, **kw
+    self,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    *args,
+    recompute: str | None = None,
+    residual_TD: Tensor | None = None,
+    **kw,
 ) -> Tensor:
     """The experts of one layer: the function behind ``experts_implementation="moe_kernels"``.
 
@@ -74,6 +118,7 @@ def moe_kernels_experts_forward(
         top_k_index: [T, K]; ids below 0 or >= the number of experts here mean "no expert".
         top_k_weights: [T, K].
         recompute: for modules that :func:`patch` gave none of their own.
+        residual_TD: [T, D], added to the result: our blocks pass their shared expert's output.
 
     Returns:
         [T, D] in the dtype of ``hidden_states``.
@@ -87,7 +132,8 @@ def moe_kernels_experts_forward(
         bool(args or kw),
     )
     if activation is None:
-        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights, *args, **kw)
+        out = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights, *args, **kw)
+        return out if residual_TD is None else out + residual_TD
     x = hidden_states
     if x.dtype != up.dtype and not torch.is_autocast_enabled(x.device.type):
         x = x.to(up.dtype)  # as stock does; under autocast the op itself casts both
@@ -95,18 +141,23 @@ def moe_kernels_experts_forward(
     if getattr(self, "has_bias", False):
         bias_up = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
         bias_down = self.down_proj_bias
+    if getattr(self, "is_transposed", False):
+        up, down = up.mT, down.mT
+    joins = residual_TD is not None and residual_TD.dtype == products_dtype(x, x.device.type)
     out = moe_experts(
         x,
         top_k_weights,
         top_k_index,
         up,
         down,
-        activation=activation,
+        **dict(zip(Activation._fields, activation)),
         bias_gate_up_E2I=bias_up,
         bias_down_ED=bias_down,
+        residual_TD=residual_TD if joins else None,
         recompute=getattr(self, RECOMPUTE_ATTRIBUTE, recompute),
     )
-    return out.to(hidden_states.dtype)
+    out = out.to(hidden_states.dtype)
+    return out if joins or residual_TD is None else out + residual_TD
 
 
 def weights(module) -> tuple[Tensor, Tensor]:
@@ -116,9 +167,14 @@ def weights(module) -> tuple[Tensor, Tensor]:
 def facts(module, up: Tensor, down: Tensor) -> tuple:
     """The fields of :class:`Facts`, as the plain tuple that torch.compile takes for a constant."""
     act_fn, gate = getattr(module, "act_fn", None), getattr(module, "_apply_gate", None)
+    gate, own_gate, numbers = getattr(gate, "__func__", gate), None, ()
+    if gate is not _default_apply_gate:
+        own_gate = _gate_of_class(type(module)) if gate is getattr(type(module), "_apply_gate", None) else _UNKNOWN
+        numbers = tuple(getattr(module, name, None) for name in _NUMBERS)
     return (
         getattr(module, "has_gate", True),
-        getattr(gate, "__func__", gate) is _default_apply_gate,
+        own_gate,
+        numbers,
         type(act_fn) if isinstance(act_fn, nn.Module) else act_fn,
         getattr(act_fn, "approximate", None),
         getattr(module, "is_transposed", False),
@@ -133,45 +189,80 @@ def facts(module, up: Tensor, down: Tensor) -> tuple:
     )
 
 
+@torch.compiler.assume_constant_result
+def _gate_of_class(cls: type) -> str:
+    return fingerprint(cls, "_apply_gate") or _UNKNOWN
+
+
 @functools.lru_cache(maxsize=1024)
 def judge(seen: tuple) -> Verdict:
     """Can our ops compute the function of a module with these ``facts``? Nothing here depends on the device."""
     f = Facts(*seen)
-    activation = _activation(f)
-    rows = f.down_shape[-1] * (2 if f.has_gate else 1)
+    activation, reason = _activation(f)
+    up_shape, down_shape = _untransposed(f)
+    rows = down_shape[-1] * (2 if f.has_gate else 1)
     if f.has_post_expert_norm:
         reason = "a norm follows each expert's output (has_post_expert_norm)"
-    elif f.is_transposed:
-        reason = "the weights are stored [in, out] (is_transposed)"
-    elif f.has_gate and not f.is_concatenated:
-        reason = "gate and up rows are interleaved (is_concatenated=False)"
-    elif f.has_gate and not f.default_gate:
-        reason = "the class has a gate of its own (_apply_gate)"
-    elif activation is None:
-        reason = f"no kernel for the {'gated ' if f.has_gate else ''}activation {_name(f.act_fn)}"
+    elif reason is not None:
+        pass
     elif special := next((t for t in (f.up_type, f.down_type) if hasattr(t, "__tensor_flatten__")), None):
         reason = f"the weights are {special.__name__}s, not plain tensors"
     elif unknown := next((t for t in (f.up_dtype, f.down_dtype) if t not in FLOATS), None):
         reason = f"the weights are quantised or not floating-point ({_name(unknown)})"
     elif f.up_dtype != f.down_dtype:
         reason = f"the two weights differ in dtype ({_name(f.up_dtype)}, {_name(f.down_dtype)})"
-    elif len(f.down_shape) != 3 or f.up_shape != (f.down_shape[0], rows, f.down_shape[1]):
+    elif len(down_shape) != 3 or up_shape != (down_shape[0], rows, down_shape[1]):
         reason = f"weights of an unknown layout ({list(f.up_shape)}, {list(f.down_shape)})"
     else:
         return Verdict(activation, None)
     return Verdict(None, reason)
 
 
-def _activation(f: Facts) -> str | None:
-    """The name our ops have for the activation; None for one they lack."""
+def _untransposed(f: Facts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of both weights as [E, out, in]."""
+    shapes = f.up_shape, f.down_shape
+    return tuple((s[0], s[2], s[1]) if f.is_transposed and len(s) == 3 else s for s in shapes)
+
+
+def _activation(f: Facts) -> tuple[Activation | None, str | None]:
+    """What our ops have for the activation, or the reason why they have nothing."""
+    if not f.has_gate:
+        known = _nonlinearity(f)
+        return (Activation(known), None) if known in _PLAIN else (None, f"no kernel for the {_of(f)}")
+    gate = None
+    if f.gate is not None:
+        gate = _GATES.get(f.gate)
+        if gate is None:
+            return None, "the class has a gate of its own (_apply_gate), which is unknown"
+    if f.is_concatenated == (gate is not None and gate.interleaved):
+        return None, f"its gate and is_concatenated={f.is_concatenated} tell two stories"
+    known = "silu" if gate is not None and not gate.calls_act_fn else _nonlinearity(f)
+    if gate is None or gate.limit is None:
+        return (Activation(_GATED[known]), None) if known in _GATED else (None, f"no kernel for the {_of(f)}")
+    if known != "silu":
+        return None, f"no kernel for the clamped {_of(f)}"
+    alpha, limit = (dict(zip(_NUMBERS, f.numbers)).get(name) for name in (gate.alpha, gate.limit))
+    if limit == math.inf and gate.alpha is None:
+        return Activation("swiglu", interleaved=gate.interleaved), None
+    for name, value in ((gate.alpha, alpha), (gate.limit, limit)):
+        if name is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            return None, f"no kernel for a gate whose {name} is {value!r}"
+    return Activation(gate.activation, alpha, limit, gate.interleaved), None
+
+
+def _of(f: Facts) -> str:
+    return f"{'gated ' if f.has_gate else ''}activation {_name(f.act_fn)}"
+
+
+def _nonlinearity(f: Facts) -> str | None:
+    """The name our ops have for ``act_fn``; None for one they lack."""
     bases = f.act_fn.__mro__ if isinstance(f.act_fn, type) else (f.act_fn,)
     known = next((base for base in bases if base in _NONLINEARITIES), None)
     if known is None or (isinstance(known, type) and f.act_fn.forward is not known.forward):
         return None  # a subclass with arithmetic of its own is another activation
-    nonlinearity = _NONLINEARITIES[known]
     if known is nn.GELU and f.act_approximate == "tanh":
-        nonlinearity = "gelu_tanh"
-    return _GATED.get(nonlinearity) if f.has_gate else nonlinearity if nonlinearity in _PLAIN else None
+        return "gelu_tanh"
+    return _NONLINEARITIES[known]
 
 
 def choose_backend(seen: tuple, device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
@@ -180,15 +271,23 @@ def choose_backend(seen: tuple, device: torch.device, dtype: torch.dtype) -> tup
     The reference backend is as fast as stock on a CPU and far slower anywhere else, so elsewhere it runs only when
     the user forces it.
     """
-    _, hidden, intermediate = Facts(*seen).down_shape
-    choice = backends.resolve("gate_up", backends.Problem(device, dtype, (hidden, intermediate)))
+    f = Facts(*seen)
+    _, (_, hidden, intermediate) = _untransposed(f)
+    activation, _ = judge(seen)
+    asked = {
+        f"activation {activation.activation}": activation.activation != "swiglu",
+        "interleaved gate_up": activation.interleaved,
+        "transposed weights": f.is_transposed,
+    }
+    traits = tuple(name for name, is_asked in asked.items() if is_asked)
+    choice = backends.resolve("gate_up", backends.Problem(device, dtype, (hidden, intermediate), traits=traits))
     if choice.backend != "reference" or device.type == "cpu" or backends.forced_backend() == "reference":
         return choice.backend, None
     return choice.backend, "; ".join(f"{backend}: {why}" for backend, why in choice.passed_over)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once per graph instead of tracing the search
-def _activation_or_warn(class_name, seen: tuple, device, dtype, extra_arguments: bool) -> str | None:
+def _activation_or_warn(class_name, seen: tuple, device, dtype, extra_arguments: bool) -> tuple | None:
     activation, reason = judge(seen)
     if extra_arguments:
         reason = "it was called with arguments that only stock knows"
@@ -197,7 +296,7 @@ def _activation_or_warn(class_name, seen: tuple, device, dtype, extra_arguments:
     if reason is not None:
         _warn_once(class_name, reason)
         return None
-    return activation
+    return tuple(activation)
 
 
 @torch.compiler.assume_constant_result

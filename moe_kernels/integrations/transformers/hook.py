@@ -1,41 +1,24 @@
-"""Switch Transformers' MoE models to our experts function and back.
+"""Switch Transformers' MoE models to our experts function, routers and blocks, and back.
 
-The state lives in Transformers: a name in two registries, and one wrapped method that decides the default. Configs
-never serialise the name, so checkpoints carry no trace.
+The state lives in Transformers: a name in two registries, and two wrapped methods of its models, of which one decides
+the default and one ends a model's construction. Configs never serialise the name, so checkpoints carry no trace.
 """
 
 import functools
+from collections.abc import Callable
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
-from moe_kernels.functional._experts_contract import RECOMPUTE
-from moe_kernels.integrations.transformers.experts import (
-    RECOMPUTE_ATTRIBUTE,
-    moe_kernels_experts_forward,
-    warn_once,
-)
+from moe_kernels.integrations.transformers import families
+from moe_kernels.integrations.transformers.experts import RECOMPUTE_ATTRIBUTE
+from moe_kernels.integrations.transformers.registry import NAME, check_recompute, is_registered, is_switchable, register
 
-
-class _Name(str):
-    """The name that configs of live models hold. Unpickled in a process that never called :func:`enable` (spawn,
-    torch.load), it registers itself: Transformers would know no such implementation."""
-
-    def __reduce__(self):
-        return _restore, ()
-
-
-def _restore() -> "_Name":
-    if NAME not in ExpertsInterface._global_mapping:
-        _register(None)
-    return NAME
-
-
-NAME = _Name("moe_kernels")
-FP8_REASON = "there are no FP8 kernels"
-_DEFAULT = "get_correct_experts_implementation"
+#: Methods of PreTrainedModel that are wrapped.
+_DEFAULT, _BUILT = "get_correct_experts_implementation", "post_init"
+_ORIGINAL = "_moe_kernels_original"
 
 
 def enable(recompute: str | None = None) -> None:
@@ -51,37 +34,43 @@ def enable(recompute: str | None = None) -> None:
     Raises:
         ValueError: an unknown ``recompute``.
     """
-    _register(recompute)
-    wrapped = getattr(PreTrainedModel, _DEFAULT)
-    if not hasattr(wrapped, "_moe_kernels_original"):
-        setattr(PreTrainedModel, _DEFAULT, _prefer_ours(wrapped))
+    register(recompute)
+    for name, wrap in ((_DEFAULT, _prefer_ours), (_BUILT, _swap_classes)):
+        method = getattr(PreTrainedModel, name)
+        if not hasattr(method, _ORIGINAL):
+            setattr(PreTrainedModel, name, _marked(wrap(method), method))
 
 
 def disable() -> None:
-    """Undo :func:`enable`. Models that already hold the name go on, on Transformers' own ``grouped_mm``."""
-    wrapped = getattr(PreTrainedModel, _DEFAULT)
-    if hasattr(wrapped, "_moe_kernels_original"):  # else another library wrapped ours, which is inert from now on
-        setattr(PreTrainedModel, _DEFAULT, wrapped._moe_kernels_original)
+    """Undo :func:`enable`. Models that already hold the name go on, on Transformers' own ``grouped_mm`` and on the
+    forwards of their stock routers and blocks; :func:`enable` brings them back."""
+    for name in (_DEFAULT, _BUILT):
+        method = getattr(PreTrainedModel, name)
+        if hasattr(method, _ORIGINAL):  # else another library wrapped ours, which is inert from now on
+            setattr(PreTrainedModel, name, getattr(method, _ORIGINAL))
     if is_registered():
         ExpertsInterface.register(NAME, grouped_mm_experts_forward)
         FP8ExpertsInterface.register(NAME, FP8ExpertsInterface._global_mapping["grouped_mm"])
 
 
 def is_enabled() -> bool:
-    return is_registered() and hasattr(getattr(PreTrainedModel, _DEFAULT), "_moe_kernels_original")
+    return is_registered() and hasattr(getattr(PreTrainedModel, _DEFAULT), _ORIGINAL)
 
 
 def patch(model: nn.Module, recompute: str | None = None) -> nn.Module:
-    """Switch an existing model, sub-models included, to our experts, whatever it held. Returns the model.
+    """Switch an existing model, sub-models included, to our experts, routers and blocks, whatever it held.
 
     Works without :func:`enable`. The choice of ``recompute`` is kept on the model's experts modules and goes along in
     ``copy.deepcopy`` and pickles; None means that of :func:`enable`.
+
+    Returns:
+        The model.
 
     Raises:
         TypeError: ``model`` is no nn.Module.
         ValueError: the model has no experts that Transformers lets be switched, or ``recompute`` is unknown.
     """
-    _check_recompute(recompute)
+    check_recompute(recompute)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     experts = [module for module in model.modules() if is_switchable(module)]
@@ -91,7 +80,7 @@ def patch(model: nn.Module, recompute: str | None = None) -> nn.Module:
             "interface; moe_kernels.report(model) lists what it has"
         )
     if not is_registered():
-        _register(None)
+        register(None)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
             module.set_experts_implementation(NAME)
@@ -101,35 +90,11 @@ def patch(model: nn.Module, recompute: str | None = None) -> nn.Module:
             module.__dict__.pop(RECOMPUTE_ATTRIBUTE, None)
         else:
             setattr(module, RECOMPUTE_ATTRIBUTE, recompute)
+    families.swap(model)
     return model
 
 
-def is_switchable(module: nn.Module) -> bool:
-    """Is it an experts module whose forward looks up ``experts_implementation``?"""
-    # What Transformers' decorator sets in __init__; not hasattr, which adapters' wrappers may forward.
-    return {"config", "has_gate", "is_transposed"} <= vars(module).keys()
-
-
-def is_registered() -> bool:
-    """Is the name bound to our function? Not before the first ``enable`` or ``patch``, and not after ``disable``."""
-    function = ExpertsInterface._global_mapping.get(NAME)
-    return isinstance(function, functools.partial) and function.func is moe_kernels_experts_forward
-
-
-def _register(recompute: str | None) -> None:
-    _check_recompute(recompute)
-    ExpertsInterface.register(NAME, functools.partial(moe_kernels_experts_forward, recompute=recompute))
-    # FP8 experts look names up in a registry of their own and would raise KeyError on ours.
-    FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
-
-
-def _fp8_experts_forward(self, *args, **kwargs):
-    warn_once(type(self).__name__, FP8_REASON)
-    return FP8ExpertsInterface._global_mapping["grouped_mm"](self, *args, **kwargs)
-
-
-def _prefer_ours(original):
-    @functools.wraps(original)
+def _prefer_ours(original: Callable) -> Callable:
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         if requested_experts == NAME:
             requested_experts = NAME  # the one that can be pickled
@@ -137,10 +102,19 @@ def _prefer_ours(original):
             requested_experts = NAME
         return original(self, requested_experts)
 
-    get_correct_experts_implementation._moe_kernels_original = original
     return get_correct_experts_implementation
 
 
-def _check_recompute(recompute: str | None) -> None:
-    if recompute not in RECOMPUTE:
-        raise ValueError(f'recompute must be None or "pre_activation", got {recompute!r}')
+def _swap_classes(original: Callable) -> Callable:
+    def post_init(self):
+        original(self)
+        if is_registered():
+            families.swap(self)
+
+    return post_init
+
+
+def _marked(wrapper: Callable, original: Callable) -> Callable:
+    functools.update_wrapper(wrapper, original)
+    setattr(wrapper, _ORIGINAL, original)
+    return wrapper

@@ -7,13 +7,16 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Experts
 
 from moe_kernels.functional._autocast import products_dtype
+from moe_kernels.integrations.transformers import blocks, families, routers
 from moe_kernels.integrations.transformers.experts import choose_backend, facts, judge, weights
-from moe_kernels.integrations.transformers.hook import FP8_REASON, NAME, is_registered, is_switchable
+from moe_kernels.integrations.transformers.registry import FP8_REASON, NAME, is_registered, is_switchable
+
+_DISABLED = "moe_kernels is disabled; moe_kernels.enable() brings it back"
 
 
 class Row(NamedTuple):
     name: str  # of the module in the model
-    kind: str  # "experts"
+    kind: str  # "experts", "router" or "block"
     class_name: str
     implementation: str  # what the model's config asks for
     backend: str  # of our ops, or "stock"
@@ -24,11 +27,13 @@ class Row(NamedTuple):
 @dataclass(frozen=True)
 class Report:
     model: str
-    layers: tuple[Row, ...]
+    layers: tuple[Row, ...]  # the experts of each MoE layer
+    routers: tuple[Row, ...] = ()
+    blocks: tuple[Row, ...] = ()  # those with more in them than a router and experts
 
     @property
     def accelerated(self) -> int:
-        """How many of the layers run on our ops."""
+        """How many of the layers run their experts on our ops."""
         return sum(row.accelerated for row in self.layers)
 
     def __str__(self) -> str:
@@ -51,11 +56,15 @@ class Report:
     def _title(self) -> str:
         if not self.layers:
             return f"{self.model}: no MoE layers"
-        return f"{self.model}: {self.accelerated} of {len(self.layers)} MoE layers accelerated"
+        title = f"{self.model}: {self.accelerated} of {len(self.layers)} MoE layers accelerated"
+        for name, rows in (("routers", self.routers), ("blocks", self.blocks)):
+            if rows:
+                title += f", {sum(row.accelerated for row in rows)} of {len(rows)} {name}"
+        return title
 
     def _folded(self) -> list[tuple[str, str, str, str, str]]:
         groups: list[tuple[Row, list[str]]] = []
-        for row in self.layers:
+        for row in (*self.layers, *self.routers, *self.blocks):
             if groups and groups[-1][0][1:] == row[1:]:
                 groups[-1][1].append(row.name)
             else:
@@ -81,7 +90,7 @@ def _span(names: list[str]) -> str:
 
 
 def report(model: nn.Module) -> Report:
-    """List the model's MoE layers: which implementation each holds, its backend, and why it isn't accelerated.
+    """List the experts, routers and blocks of the model's MoE layers: what runs each, and why it isn't accelerated.
 
     The dtype is that of the weights, or autocast's when called inside autocast. Changes nothing and runs nothing.
     """
@@ -93,7 +102,10 @@ def report(model: nn.Module) -> Report:
             rows.append(_switchable(name, module))
         elif name.rpartition(".")[2] == "experts" and not any(map(is_switchable, module.modules())):
             rows.append(_stock(name, module, "", "not switchable through Transformers' experts interface"))
-    return Report(type(model).__name__, tuple(rows))
+    parts = {"router": [], "block": []}
+    for part in families.parts(model):
+        parts[part.kind].append(_part(part))
+    return Report(type(model).__name__, tuple(rows), tuple(parts["router"]), tuple(parts["block"]))
 
 
 def _switchable(name: str, module: nn.Module) -> Row:
@@ -101,7 +113,7 @@ def _switchable(name: str, module: nn.Module) -> Row:
     if implementation != NAME:
         return _stock(name, module, implementation, _other_implementation(implementation))
     if not is_registered():
-        return _stock(name, module, implementation, "moe_kernels is disabled; moe_kernels.enable() brings it back")
+        return _stock(name, module, implementation, _DISABLED)
     if isinstance(module, FP8Experts):
         return _stock(name, module, implementation, FP8_REASON)
     up, down = map(_local, weights(module))
@@ -117,6 +129,40 @@ def _switchable(name: str, module: nn.Module) -> Row:
     return Row(name, "experts", _class_name(module), implementation, backend, True, "")
 
 
+def _part(part: families.Part) -> Row:
+    """The row of a router or a block."""
+    name, kind, module, experts = part
+    implementation, backend = experts.config._experts_implementation, ""
+    if implementation != NAME:
+        reason = _other_implementation(implementation)
+    elif not is_registered():
+        reason = _DISABLED
+    elif (reason := families.why_stays_stock(kind, module)) is None and not families.is_ours(module):
+        reason = "built before moe_kernels was enabled; moe_kernels.patch(model) switches it"
+    elif reason is None and kind == "block":
+        backend, reason = _of_block(module, experts)
+    elif reason is None:
+        backend, reason = _of_router(module)
+    if reason is not None:
+        return _stock(name, module, implementation, reason, kind)
+    return Row(name, kind, _class_name(module), implementation, backend, True, "")
+
+
+def _of_block(module: nn.Module, experts: nn.Module) -> tuple[str, str | None]:
+    reason, row = blocks.why_not_now(module), _switchable("", experts)
+    if reason is None and not row.accelerated:
+        reason = "its experts run on stock"
+    return row.backend, reason
+
+
+def _of_router(module: nn.Module) -> tuple[str, str | None]:
+    weight = next(module.parameters())
+    try:
+        return routers.choose_backend(weight.device, weight.dtype)
+    except RuntimeError as error:
+        return "", str(error)
+
+
 def _other_implementation(implementation: str | None) -> str:
     if implementation == "grouped_mm":  # what Transformers fills in when nobody asks
         return (
@@ -126,8 +172,8 @@ def _other_implementation(implementation: str | None) -> str:
     return f"experts_implementation={implementation!r} was chosen; moe_kernels.patch(model) switches it"
 
 
-def _stock(name: str, module: nn.Module, implementation: str | None, reason: str) -> Row:
-    return Row(name, "experts", _class_name(module), implementation or "", "stock", False, reason)
+def _stock(name: str, module: nn.Module, implementation: str | None, reason: str, kind: str = "experts") -> Row:
+    return Row(name, kind, _class_name(module), implementation or "", "stock", False, reason)
 
 
 def _class_name(module: nn.Module) -> str:
