@@ -39,7 +39,8 @@ def measured(directory: Path) -> str:
             f"![time and memory of the block]({_relative(directory / CHART)})",
             *_block(shown, block, used),
         ]
-    parts += _experts(block, used) + _decode(decode, used) + _model(model, used)
+    families = results.load(directory / "families.json")
+    parts += _experts(block, used) + _families(families, used) + _decode(decode, used) + _model(model, used)
     if convergence:
         parts += [
             _convergence(convergence, used),
@@ -204,6 +205,40 @@ def _experts(block: dict, used: _Used) -> list[str]:
         note = used.note(_machine(block, row) for row in skewed_rows)
         text += f" With skewed routing, as a multiple of their time on uniform routing: {'; '.join(skewed)}{note}."
     return [_filled(text)]
+
+
+#: Columns of the families: whose row, what it shows, how, and its heading.
+_FAMILY_COLUMNS = (
+    (STOCK, "step_ms", ".1f", "stock, ms"),
+    (OURS, "step_ms", ".1f", "ours, ms"),
+    (OURS, "times_stock", ".1f", "stock / ours"),
+    (OURS, "step_over_bound", ".2f", "ours / bound"),
+    (STOCK, "peak_mib", ".0f", "stock, peak MiB"),
+    (OURS, "peak_mib", ".0f", "ours, peak MiB"),
+)
+
+
+def _families(families: dict, used: _Used) -> list[str]:
+    """One layer of each family at real size."""
+    rows = families["rows"]
+    models = [name.split("/")[1] for name in rows if name.startswith("block/") and name.endswith(f"/{OURS}")]
+    if not models:
+        return []
+    found = {(model, who): rows.get(f"block/{model}/uniform/{who}") for model in models for who in (STOCK, OURS)}
+    note = used.note(_machine(families, row) for row in found.values() if row is not None)
+    text = (
+        "The whole block of one layer at the model's real size, router and shared expert included, 8192 tokens, bf16, "
+        "forward and backward. The bound is the time of the bare products, by cuBLAS, and of the sums over experts; "
+        f"peak is what a step takes beyond parameters, gradients, input and output{note}."
+    )
+    lines = [_line(["model", *(column[-1] for column in _FAMILY_COLUMNS)]), "|---|" + "---:|" * len(_FAMILY_COLUMNS)]
+    for model in models:
+        cells = [model]
+        for who, metric, how, _ in _FAMILY_COLUMNS:
+            row = found[model, who] or {}
+            cells.append(format(row[metric], how) if _has(row, metric) else "-")
+        lines.append(_line(cells))
+    return [_filled(text), "\n".join(lines)]
 
 
 def _decode(decode: dict, used: _Used) -> list[str]:

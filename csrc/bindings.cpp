@@ -105,8 +105,8 @@ void bind_decode_experts(py::module_& m) {
         "decode_experts",
         [](uintptr_t out, uintptr_t a, uintptr_t y, uintptr_t x, uintptr_t indices, int index_bytes,
            uintptr_t routing_weights, int routing_weights_dtype, const Weights& gate_up, uintptr_t bias_gate_up,
-           const Weights& down, uintptr_t bias_down, int tokens, int top_k, int num_experts, int activation, float alpha,
-           float limit, bool interleaved, int dtype, int num_sms, uintptr_t stream) {
+           const Weights& down, uintptr_t bias_down, int tokens, int top_k, int num_experts, int activation,
+           float alpha, float limit, bool interleaved, int dtype, int num_sms, uintptr_t stream) {
             DecodeArguments d{};
             d.out = pointer<void>(out);
             d.a = pointer<void>(a);

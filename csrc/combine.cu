@@ -9,6 +9,7 @@
 
 #include "combine.h"
 #include "common.cuh"
+#include "routing_weight.cuh"
 
 namespace moe_kernels {
 namespace {
@@ -18,15 +19,6 @@ constexpr int kGroup = 8;  // rows in flight where K is not one of the compiled 
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Kernel
-
-__device__ __forceinline__ float load_weight(const void* weights, DType dtype, int64_t i) {
-    switch (dtype) {
-        case DType::kFloat32: return static_cast<const float*>(weights)[i];
-        case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[i]);
-        case DType::kFloat16: return __half2float(static_cast<const __half*>(weights)[i]);
-        default: return 1.0f;
-    }
-}
 
 // kTopK 0 takes any K, kGroup rows at a time.
 template <typename T, int kTopK>

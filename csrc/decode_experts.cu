@@ -23,6 +23,7 @@
 #include "decode_experts.h"
 #include "ptx/mma.cuh"
 #include "require.h"
+#include "routing_weight.cuh"
 
 namespace moe_kernels {
 namespace {
@@ -316,14 +317,6 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
 }
 
-__device__ __forceinline__ float routing_weight(const DecodeArguments& a, int row) {
-    switch (a.routing_weights_dtype) {
-        case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(a.routing_weights)[row]);
-        case DType::kFloat16: return __half2float(static_cast<const __half*>(a.routing_weights)[row]);
-        default: return static_cast<const float*>(a.routing_weights)[row];
-    }
-}
-
 // A thread sums 8 columns of one token.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) decode_sum_kernel(const __grid_constant__ DecodeArguments a) {
@@ -339,7 +332,7 @@ __global__ void __launch_bounds__(kThreads) decode_sum_kernel(const __grid_const
         if (expert < 0 || expert >= a.num_experts) continue;  // its Y was never written
         float value[kWidth];
         unpack(*reinterpret_cast<const uint4*>(y + static_cast<int64_t>(row) * a.hidden), value, y);
-        const float weight = routing_weight(a, row);
+        const float weight = load_weight(a.routing_weights, a.routing_weights_dtype, row);
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
     }

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from moe_kernels.bench import peers
-from moe_kernels.bench.layer import STOCK, YARDSTICK, backend_of
+from moe_kernels.bench.layer import FUSED_ROUTER, STOCK, YARDSTICK, backend_of
 from moe_kernels.bench.measure import measure, waiting
 from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, Shape
@@ -18,7 +18,7 @@ _MOST_BATCHED_BYTES = 24 * 2**30
 
 
 class Case(NamedTuple):
-    what: str  # block: with the stock router, whose choice on random data is uniform; experts: routing given
+    what: str  # block: its router chooses, on random data uniformly; experts: routing given
     shape: Shape
     routing: str
     implementation: str
@@ -32,7 +32,7 @@ def cases(shape: Shape, routings: Iterable[str] = ("uniform",)) -> list[Case]:
     """What is measured of a shape. Stock comes first, so that a row can be held against it."""
     implementations = [name for name in STOCK if why_left_out(name, shape) is None] + ["moe_kernels"]
     if shape.name == DEFAULT_SHAPES[0]:  # one shape shows what the choices do
-        implementations += ["moe_kernels_recompute", "moe_kernels_triton"]
+        implementations += ["moe_kernels_recompute", "moe_kernels_triton", FUSED_ROUTER]
     return [Case("block", shape, "uniform", name) for name in implementations] + [
         Case("experts", shape, kind, name) for kind in routings for name in EXPERTS
     ]

@@ -2,6 +2,11 @@
 
 The block has the stock router, so all implementations run on the same selection; its experts can also be called alone,
 with a routing that is given. Errors are relative L2 against fp32 arithmetic on the same bf16 numbers.
+
+One implementation brings our router (``FUSED_ROUTER``). Logits in bf16 tie: in one token of sixteen the eighth and
+the ninth of 128 are the same number, and of those stock takes any, ours the lowest index. So what it computes is held
+against the truth for its own choice, which must have stock's logits at every rank; the error allowed is that of the
+yardstick on stock's choice.
 """
 
 import copy
@@ -20,11 +25,14 @@ from moe_kernels.functional import moe_experts, routing_plan
 #: Transformers' own implementations; the yardstick is its default.
 STOCK = ("eager", "grouped_mm", "batched_mm")
 YARDSTICK = "grouped_mm"
+#: Ours with our router too, as ``patch(model)`` leaves a block.
+FUSED_ROUTER = "moe_kernels_fused_router"
 #: Ours, with the ``recompute`` and the forced backend of each.
 OURS = {
     "moe_kernels": (None, None),
     "moe_kernels_recompute": ("pre_activation", None),
     "moe_kernels_triton": (None, "triton"),
+    FUSED_ROUTER: (None, None),
 }
 #: Ours may be this many times less exact than the yardstick. Stock and peers only have to be sane.
 TIMES_YARDSTICK, SLACK, SANE = 2, 1e-6, 0.1
@@ -73,7 +81,8 @@ class Layer:
         self.x = torch.randn(shape.T, shape.D, device=device, dtype=torch.bfloat16, requires_grad=True)
         self.d_out = torch.randn_like(self.x)
         self.routed = functools.cache(self._route)
-        self._expected = functools.lru_cache(maxsize=1)(self._expect)  # it is larger than the layer
+        self._truth = functools.lru_cache(maxsize=1)(self._true_gradients)  # it is larger than the layer
+        self._yardstick = functools.cache(self._yardstick_errors)
 
     def _route(self, kind: str) -> tuple[Tensor, Tensor]:
         weights, indices = routing(kind, self.shape, self.device)
@@ -86,17 +95,15 @@ class Layer:
         """The block or its experts, on the same parameters, with one implementation of the experts."""
         if implementation not in (*STOCK, *OURS):
             return peers.peer_block(implementation, self.shape, self.block)
-        experts = copy.copy(self.block.experts)
+        experts, router = copy.copy(self.block.experts), copy.copy(self.block.gate)
         experts.config = copy.copy(experts.config)
+        block = copy.copy(self.block)
+        block._modules = self.block._modules | {"experts": experts, "gate": router}
         if implementation in OURS:
-            patch(experts, OURS[implementation][0])
+            patch(block if implementation == FUSED_ROUTER else experts, OURS[implementation][0])
         else:
             experts.config._experts_implementation = implementation
-        if what == "experts":
-            return experts
-        block = copy.copy(self.block)
-        block._modules = self.block._modules | {"experts": experts}
-        return block
+        return experts if what == "experts" else block
 
     def forward(self, what: str, kind: str, implementation: str) -> Callable[[], Tensor]:
         """What a row of results times; to be called inside ``backend_of(implementation)``."""
@@ -118,13 +125,21 @@ class Layer:
         with backend_of(implementation):
             values = gradients(self.forward(what, kind, implementation), self.leaves(what, kind), self.d_out)
         label = f"{what}/{self.shape.name}/{kind}/{implementation}"
-        return self.check(label, what, kind, values, limit=None if implementation in OURS else SANE)
+        limit = None if implementation in OURS else SANE
+        return self.check(label, what, kind, values, limit, fused_router=implementation == FUSED_ROUTER)
 
     def check(
-        self, label: str, what: str, kind: str, values: Sequence[Tensor], limit: float | None = None
+        self,
+        label: str,
+        what: str,
+        kind: str,
+        values: Sequence[Tensor],
+        limit: float | None = None,
+        fused_router: bool = False,
     ) -> dict[str, float]:
         """The errors of ``values``, in the order of ``NAMES``; refused above ``limit``, by default the yardstick's."""
-        truth, yardstick = self._expected(what, kind)
+        yardstick = self._yardstick(what, kind)  # before the truth, which it may put out of the cache
+        truth = self._truth(what, kind, fused_router)
         errors = {}
         for name, value, true in zip(NAMES[what], values, truth, strict=True):
             errors[name] = relative_l2(value, true)
@@ -133,12 +148,9 @@ class Layer:
                 raise Inaccurate(f"{label}: relative error of {name} is {errors[name]:.2e}, allowed {allowed:.2e}")
         return errors
 
-    def _expect(self, what: str, kind: str) -> tuple[list[Tensor], dict[str, float]]:
-        """The truth, and the errors of the yardstick."""
-        leaves = self.leaves(what, kind)
-        exact = [leaf.detach().float().requires_grad_() for leaf in leaves]
-        with torch.no_grad():
-            indices = self.block.gate(self.x)[2] if what == "block" else self.routed(kind)[1]
+    def _true_gradients(self, what: str, kind: str, fused_router: bool) -> list[Tensor]:
+        exact = [leaf.detach().float().requires_grad_() for leaf in self.leaves(what, kind)]
+        indices = self._chosen(fused_router) if what == "block" else self.routed(kind)[1]
 
         def forward() -> Tensor:
             x, routing_leaf, gate_up, down = exact
@@ -146,9 +158,26 @@ class Layer:
             return moe_experts(x, weights, routing_plan(indices, self.shape.E), gate_up, down)
 
         with use_backend("reference"):
-            truth = gradients(forward, exact, self.d_out.float())
-        values = gradients(self.forward(what, kind, YARDSTICK), leaves, self.d_out)
-        return truth, {name: relative_l2(v, t) for name, v, t in zip(NAMES[what], values, truth, strict=True)}
+            return gradients(forward, exact, self.d_out.float())
+
+    def _yardstick_errors(self, what: str, kind: str) -> dict[str, float]:
+        truth = self._truth(what, kind, False)
+        values = gradients(self.forward(what, kind, YARDSTICK), self.leaves(what, kind), self.d_out)
+        return {name: relative_l2(v, t) for name, v, t in zip(NAMES[what], values, truth, strict=True)}
+
+    @torch.no_grad()
+    def _chosen(self, fused_router: bool) -> Tensor:
+        """The experts of the stock router, or of ours, which may differ between equal logits only."""
+        logits, _, indices = self.block.gate(self.x)
+        if not fused_router:
+            return indices
+        router = self.module("block", FUSED_ROUTER).gate
+        if type(router) is type(self.block.gate):
+            raise Inaccurate(f"{FUSED_ROUTER}: there is no rule for the router of this release of Transformers")
+        ours = router(self.x)[2]
+        if not torch.equal(logits.gather(1, ours), logits.gather(1, indices)):
+            raise Inaccurate(f"{FUSED_ROUTER}: it chooses experts with other logits than stock's")
+        return ours
 
 
 def _weights_of(x_TD: Tensor, router_ED: Tensor, indices_TK: Tensor) -> Tensor:

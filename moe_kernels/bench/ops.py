@@ -2,7 +2,8 @@
 
 Products are timed in turn with their ``torch.bmm``: a product alone would run at another clock than one in a loop.
 Other short ops are timed by graph replay over rotating inputs, so that those that fit in L2 are cold, which flatters
-nobody: in a layer the indices and the logits have just been written and are warm. Everything else is larger than L2.
+nobody: in a layer the indices have just been written and are warm. Everything else is larger than L2. The ops of a
+router: ``bench/router.py``.
 """
 
 import functools
@@ -34,7 +35,6 @@ class Inputs(NamedTuple):
     plan: RoutingPlan
     indices: Tensor
     weights: Tensor
-    logits: Tensor
     x: Tensor
     d_out: Tensor
     w_gate_up: Tensor
@@ -58,11 +58,6 @@ class Op(NamedTuple):
 
 def _routing_plan(i: Inputs) -> Sequence[Tensor]:
     return torch.ops.moe_kernels.routing_plan(i.indices, i.num_experts, i.plan.block_m)
-
-
-def _topk_route(i: Inputs) -> Sequence[Tensor]:
-    how = ("softmax", False, True, 0.0, 1.0, 1, 1)  # Qwen3's
-    return torch.ops.moe_kernels.topk_route(i.logits, None, i.plan.top_k, *how)
 
 
 def _gate_up(i: Inputs) -> Sequence[Tensor]:
@@ -107,7 +102,6 @@ def _rows_and_tokens(shape: Shape) -> int:
 
 OPS = {
     "routing_plan": Op("routing_plan", ("indices",), _routing_plan, moved=lambda s: s.rows * (8 + 4 + 4)),
-    "topk_route": Op("topk_route", ("logits",), _topk_route, moved=lambda s: 2 * s.T * s.E + s.rows * (4 + 8)),
     "gate_up": Op("gate_up", ("x", "w_gate_up"), _gate_up, "up", 4),
     "grouped_gemm_down": Op(
         "grouped_gemm", ("a", "w_down"), lambda i: _grouped_gemm(i.a, i.w_down, i.plan, True), "down", 2
@@ -210,13 +204,15 @@ def gpu_us(op: Op, inputs: Inputs) -> float:
         return median_ms(lambda: op.run(copy), prepare=restore) * 1e3
     if median_ms(lambda: op.run(inputs), repeats=3) >= _GRAPH_BELOW_MS:
         return median_ms(lambda: op.run(inputs)) * 1e3
-    size = sum(getattr(inputs, name).nbytes for name in op.reads)
+    return graph_us([functools.partial(op.run, each) for each in cold(inputs, op.reads)])
+
+
+def cold(inputs: Inputs, reads: Sequence[str]) -> list[Inputs]:
+    """The inputs as often, in memory of their own, as it takes for each to have left L2 when its turn comes again."""
+    size = sum(getattr(inputs, name).nbytes for name in reads)
     l2 = torch.cuda.get_device_properties(inputs.x.device).L2_cache_size
-    others = [
-        inputs._replace(**{name: getattr(inputs, name).clone() for name in op.reads})
-        for _ in range(cold_copies(size, l2) - 1)
-    ]
-    return graph_us([functools.partial(op.run, each) for each in (inputs, *others)])
+    others = range(cold_copies(size, l2) - 1)
+    return [inputs, *(inputs._replace(**{name: getattr(inputs, name).clone() for name in reads}) for _ in others)]
 
 
 def check(name: str, shape: Shape, device: str, backend: str) -> None:
@@ -276,7 +272,6 @@ def inputs_of(shape: Shape, device: str) -> Inputs:
         plan=routing_plan(indices, E),
         indices=indices,
         weights=weights,
-        logits=random(shape.T, E),
         x=random(shape.T, D),
         d_out=random(shape.T, D),
         w_gate_up=random(E, 2 * I, D) * 0.02,

@@ -18,6 +18,7 @@ nvidia_cutlass_dsl/python_packages on PYTHONPATH.
 import argparse
 import collections
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -29,13 +30,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_kernels.bench.results import ROOT
 from moe_kernels.bench.shapes import SHAPES, Shape
+
+if TYPE_CHECKING:
+    from moe_kernels.bench.block import Case
+    from moe_kernels.bench.layer import Layer
 
 #: Before and after the first call: imports and the layer; the check against fp32 and the measurement.
 _LIMITS_S = {"start": 180, "measurement": 120}
@@ -251,8 +256,26 @@ def measure_here(name: str, shape: Shape) -> dict[str, dict]:
     first_call_s = time.perf_counter() - start
     say({"stage": "measurement"})
     run(session, case)
-    session.rows[FILE][case.name]["first_call_s"] = round(first_call_s, 1)
+    session.rows[FILE][case.name] |= {"first_call_s": round(first_call_s, 1)} | _beside_ours(layer, case)
     return session.rows[FILE]
+
+
+def _beside_ours(layer: "Layer", case: "Case") -> dict[str, float]:
+    """The peer's time over ours, both run in turn: two loops one after the other differ by more in clock and heat."""
+    from moe_kernels.bench.measure import medians_in_turn_ms
+
+    blocks = {name: layer.forward(case.what, case.routing, name) for name in (case.implementation, "moe_kernels")}
+    leaves = layer.leaves(case.what, case.routing)
+
+    def step(forward: Callable[[], Tensor]) -> None:
+        forward().backward(layer.d_out)
+        for leaf in leaves:
+            leaf.grad = None
+
+    forward = medians_in_turn_ms(blocks)
+    both = medians_in_turn_ms({name: functools.partial(step, block) for name, block in blocks.items()})
+    over = {"forward_over_moe_kernels": forward, "step_over_moe_kernels": both}
+    return {figure: times[case.implementation] / times["moe_kernels"] for figure, times in over.items()}
 
 
 def main() -> int:

@@ -1,6 +1,7 @@
 """The ``moe-kernels`` command.
 
     info        what this machine can run, op by op, and why not more
+    models      every MoE class of the installed Transformers: accelerated or stock, and why
     finetune    train a MoE model on Hugging Face's Trainer, optionally against stock Transformers
     bench       time and memory of MoE layers on this GPU, beside stock Transformers
 

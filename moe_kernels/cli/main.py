@@ -66,7 +66,7 @@ def _positive_float(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     root = _Parser(prog="moe-kernels", description="Fast, lean Mixture-of-Experts training for Transformers v5.")
     root.add_argument("--version", action="version", version=f"moe-kernels {__version__}")
-    commands = root.add_subparsers(dest="command", required=True, metavar="{info,finetune,bench}")
+    commands = root.add_subparsers(dest="command", required=True, metavar="{info,models,finetune,bench}")
 
     info = commands.add_parser(
         "info",
@@ -74,6 +74,19 @@ def parser() -> argparse.ArgumentParser:
         description="Versions, GPU, extension, backend of every op. Exit code 0 if any op is accelerated, else 1.",
     )
     info.add_argument("--json", action="store_true", help="print the same as JSON")
+
+    models = commands.add_parser(
+        "models",
+        help="every MoE class of the installed Transformers: accelerated or stock, and why",
+        description="List the experts, routers and blocks of every model family of the installed Transformers: what "
+        "runs on our kernels, and why the rest doesn't.",
+    )
+    models.add_argument(
+        "--markdown",
+        metavar="FILE",
+        type=_path,
+        help="instead: write a Markdown table, or renew the column of this version of Transformers in it",
+    )
 
     tune = commands.add_parser(
         "finetune",

@@ -5,11 +5,14 @@ is left on the GPU when the second one loads. This file is run by its path and i
 run is ours: the stock run is Transformers and nothing else.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
+from logging import Handler
 from pathlib import Path
 
 import numpy
@@ -89,16 +92,9 @@ def train(spec: dict) -> dict:
     set_seed(spec["seed"])
     dtype = getattr(torch, spec["dtype"])
     choice = {} if spec["ours"] else {"experts_implementation": STOCK}
-    try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            spec["model"], dtype=dtype, output_loading_info=True, **choice
-        )
-    except Exception as error:  # unreadable weights come as many kinds of error; all are about --model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return {"error": f"--model: can't load {spec['model']} ({reason})"}
-    if lacking := not_loaded(loaded):
-        names = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
-        return {"error": f"--model: {spec['model']} lacks {len(lacking)} of the weights the model needs ({names})"}
+    model, refusal = load(spec["model"], dtype=dtype, **choice)
+    if refusal is not None:
+        return {"error": f"--model: {refusal}"}
 
     steps, batch = spec["steps"], spec["batch_size"]
     data = Sequences(spec["train"], steps * batch)
@@ -153,10 +149,49 @@ def train(spec: dict) -> dict:
     return result
 
 
-def not_loaded(loaded: dict) -> list[str]:
-    """Names of the weights that Transformers drew at random. Tied ones, which checkpoints leave out, don't count."""
+def load(name: str, **options) -> tuple[torch.nn.Module | None, str | None]:
+    """(model, None), or (None, why it can't be had): every weight must come from the checkpoint, in its shape."""
+    said = []
+    with listening(said):
+        try:
+            # Weights of another shape are then named like missing ones, instead of an error that names none.
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except Exception as error:  # unreadable weights come as many kinds of error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # Which weights could not be put together of their parts stands in the log alone.
+            if unmade := sorted({name for text in said for name in re.findall(r"(?m)^(\S+) *\| CONVERSION", text)}):
+                reason = f"its weights for {shortened(unmade)} don't fit together"
+            return None, f"can't load {name} ({reason})"
     mismatched = [key if isinstance(key, str) else key[0] for key in loaded["mismatched_keys"]]  # (name, shape, shape)
-    return sorted({*loaded["missing_keys"], *mismatched})
+    # Drawn at random. Tied ones, which checkpoints leave out, are not in the list.
+    lacking = sorted({*loaded["missing_keys"], *mismatched})
+    if lacking:
+        others = f", {len(mismatched)} of them in another shape" if mismatched else ""
+        return None, f"{name} lacks {len(lacking)} of the weights the model needs{others} ({shortened(lacking)})"
+    return model, None
+
+
+def shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+@contextlib.contextmanager
+def listening(said: list[str]):
+    """Collect what Transformers warns of, instead of printing it."""
+    handler = Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.disable_default_handler()
+    logging.add_handler(handler)
+    try:
+        yield
+    finally:
+        logging.remove_handler(handler)
+        logging.enable_default_handler()
+        logging.set_verbosity(verbosity)
 
 
 def held_out_loss(model, path: str, batch_size: int) -> float:

@@ -20,8 +20,7 @@ class MoE(nn.Module):
         shared_intermediate_size: width of the shared expert; None for no shared expert.
         recompute: see :class:`Experts`.
         device, dtype: of the parameters.
-        router_options: ``scoring``, ``renormalize``, ``score_after_topk``, ``epsilon``, ``scale``,
-            ``selection_bias``, ``num_groups``, ``top_groups`` of :class:`TopKRouter`.
+        router_options: those of :class:`TopKRouter`, ``scoring`` and so on.
 
     Shapes:
         x [..., D] -> [..., D]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import floors
 from benchmarks.floors import MET, MISSING, SHORT, STALE, BadFloors, Floor, Unless
-from moe_kernels.bench import block, decode, extra, model, ops, peers
+from moe_kernels.bench import block, decode, extra, model, ops, peers, router
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
 
 ENTRY = {
@@ -127,6 +127,7 @@ def rows_that_benchmarks_make() -> set[tuple[str, str]]:
     made = {(block.FILE, case.name) for shape in shapes for case in block.cases(shape, ROUTINGS)}
     made |= {(block.FILE, f"block/{shape.name}/uniform/{peer}") for shape in shapes for peer in peers.PEERS}
     made |= {(ops.FILE, f"op/{op}/{shape.name}/{backend}") for shape in shapes for op, backend in ops.cases()}
+    made |= {(router.FILE, f"op/{op}/{of.name}/{backend}") for of, op, backend in router.cases()}
     made |= {
         (decode.FILE, f"decode/{main}/T{tokens}/{name}") for tokens in decode.TOKENS for name in decode.IMPLEMENTATIONS
     }
@@ -145,6 +146,14 @@ def test_floors_of_the_benchmark_suite_name_rows_that_it_makes():
     assert len(triton) > 20
     named = [(floor.file, row) for floor in triton for row in (floor.row, floor.times_row) if row is not None]
     assert [name for name in named if name not in made] == []
+
+
+def test_floors_of_routers_name_rows_that_it_makes():
+    made, routers = rows_that_benchmarks_make(), ("topk_route", "topk_route_bwd", "router")
+    named = {(f.file, f.row) for f in floors.read() if f.row.split("/")[1] in routers and f.row.endswith("/triton")}
+    assert len(named) == 9 and named <= made
+    fused = {(f.file, f.row) for f in floors.read() if f.row.endswith("/moe_kernels_fused_router")}
+    assert fused and fused <= made
 
 
 def test_ops_may_leave_a_shape_to_triton():

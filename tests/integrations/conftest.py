@@ -46,3 +46,27 @@ def ours(op_counter):
                 assert op_counter.calls["grouped_wgrad"] in (2 * self.layers, 3 * self.layers), dict(op_counter.calls)
 
     return Ours
+
+
+@pytest.fixture
+def residuals(op_counter, monkeypatch):
+    """How many calls of ``combine`` got a residual: one per fused block and forward."""
+    from tests.integrations.models import tokens  # needs Transformers
+
+    seen = []
+    dispatch = type(op_counter).__torch_dispatch__
+
+    def spy(self, function, types, args=(), kwargs=None):
+        if "combine" in str(function):
+            seen.append(args[4] is not None)
+        return dispatch(self, function, types, args, kwargs)
+
+    monkeypatch.setattr(type(op_counter), "__torch_dispatch__", spy)
+
+    def count(model, **options):
+        seen.clear()
+        with op_counter:
+            model(tokens(), use_cache=False, **options)
+        return sum(seen)
+
+    return count

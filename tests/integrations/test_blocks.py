@@ -22,28 +22,6 @@ pytestmark = pytest.mark.usefixtures("enabled")
 FUSED = ("deepseek_v3", "glm_moe_dsa", "qwen3_5_moe", "nemotron_h")
 
 
-@pytest.fixture
-def residuals(op_counter, monkeypatch):
-    """How many calls of ``combine`` got a residual: one per fused block and forward."""
-    seen = []
-    dispatch = type(op_counter).__torch_dispatch__
-
-    def spy(self, function, types, args=(), kwargs=None):
-        if "combine" in str(function):
-            seen.append(args[4] is not None)
-        return dispatch(self, function, types, args, kwargs)
-
-    monkeypatch.setattr(type(op_counter), "__torch_dispatch__", spy)
-
-    def count(model, **options):
-        seen.clear()
-        with op_counter:
-            model(tokens(), use_cache=False, **options)
-        return sum(seen)
-
-    return count
-
-
 def block_of(model) -> nn.Module:
     return next(part.module for part in families.parts(model) if part.kind == "block")
 
@@ -60,13 +38,6 @@ def test_fused_equals_stock(family, residuals):
     assert_same(actual, loss_and_gradients(model))
     model.set_experts_implementation("eager")
     assert_same(actual, loss_and_gradients(model))
-
-
-def test_latent_projections_stay_stock(residuals):
-    model = make_model("nemotron_h_latent")
-    rows = moe_kernels.report(model).blocks
-    assert len(rows) == 2 and all("projection stands between" in row.reason for row in rows)
-    assert residuals(model) == 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "minimax_m2", "mixtral", "olmoe", "gpt_oss"])
@@ -251,10 +222,30 @@ def block_classes() -> list[type]:
         if "@use_experts_implementation" not in text:
             continue
         names = [node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
-        names = [name for name in names if re.search("(?i)moe", name) and not re.search("Model|For|Layer", name)]
+        names = [name for name in names if re.search("(?i)moe", name) and not re.search("Model|For|coder", name)]
         module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
         found += [cls for name in names if fingerprint(cls := getattr(module, name)) in blocks.BLOCKS]
     return found
+
+
+def filled(block: nn.Module) -> nn.Module:
+    """Random numbers that choose experts far from ties."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*block.parameters(), *block.buffers()]:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return block
+
+
+def run(block: nn.Module) -> dict[str, torch.Tensor]:
+    """Output and every gradient."""
+    block.zero_grad()
+    x = torch.randn(B, S, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = x.to(next(block.parameters()).dtype).requires_grad_()
+    out = block(x)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)).sum().backward()
+    gradients = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), "x": x.grad, **gradients}
 
 
 CLASSES = block_classes()
@@ -269,31 +260,17 @@ CASES = [(cls, {}) for cls in CLASSES] + [(cls, more) for cls in CLASSES for mor
 
 @pytest.mark.parametrize("cls, options", CASES, ids=[f"{cls.__name__}-{options}" for cls, options in CASES])
 def test_every_class(cls, options):
-    block = cls(AnyConfig(**options))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in [*block.parameters(), *block.buffers()]:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
-    x = torch.randn(B, S, D)
-
-    def run():
-        block.zero_grad()
-        leaf = x.clone().requires_grad_()
-        out = block(leaf)
-        (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        gradients = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
-        return {"out": out.detach(), "x": leaf.grad, **gradients}
-
+    block = filled(cls(AnyConfig(**options)))
     families.swap(block)
     report = moe_kernels.report(block)
-    fuses = not options or options == {"enable_moe_fp32_combine": False}
+    fuses = not options or options in ({"enable_moe_fp32_combine": False}, {"moe_latent_size": 8})
     assert len(report.blocks) == 1 and families.is_ours(block) == fuses
     assert report.blocks[0].accelerated == (fuses and report.layers[0].accelerated), report.blocks[0].reason
-    actual = run()
+    actual = run(block)
     families.restore(block)
     assert type(block) is cls
     block.experts.config._experts_implementation = "eager"
-    for name, expected in run().items():
+    for name, expected in run(block).items():
         assert relative_l2(actual[name], expected) < 2e-5, name
 
 

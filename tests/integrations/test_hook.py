@@ -225,18 +225,21 @@ def test_pickle_deepcopy_and_torch_save(enabled):
 
 
 def _spawned(model, queue):  # nothing here enables anything: the name that the model's config holds brings it along
-    queue.put((model(tokens()).logits.tolist(), moe_kernels.report(model).accelerated))
+    report = moe_kernels.report(model)
+    rows = (*report.layers, *report.routers, *report.blocks)
+    queue.put((model(tokens()).logits.tolist(), sum(row.accelerated for row in rows)))
 
 
-def test_spawn(enabled):
-    model = make_model("mixtral").eval().requires_grad_(False)
+@pytest.mark.parametrize("family, rows", [("mixtral", 4), ("nemotron_h_latent", 6)])
+def test_spawn(family, rows, enabled):
+    model = make_model(family).eval().requires_grad_(False)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_spawned, args=(model, queue))
     process.start()
     logits, accelerated = queue.get(timeout=120)
     process.join()
-    assert accelerated == 2
+    assert accelerated == rows
     torch.testing.assert_close(torch.tensor(logits), model(tokens()).logits)
 
 

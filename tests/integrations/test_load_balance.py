@@ -13,10 +13,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import moe_kernels
-from moe_kernels.integrations.transformers import load_balance
+from moe_kernels.functional import routing_plan
+from moe_kernels.integrations.transformers import experts, load_balance
 from moe_kernels.integrations.transformers.load_balance import LoadBalancer
 from moe_kernels.modules import TopKRouter
-from tests.integrations.models import _COMMON, make_model, tokens
+from tests.integrations.models import _COMMON, assert_same, loss_and_gradients, make_model, tokens
 
 RATE = 0.125  # a power of two: sums of steps are exact
 
@@ -210,6 +211,29 @@ def test_sentinels_are_not_counted():
     assert counts(balancer).sum() == 6
     load_balance._count(balancer._stacks[0].layers[0], router, (), (torch.tensor([[0, 8], [-1, 7], [0, 9]]),))
     assert counts(balancer).sum() == 9
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "nemotron_h_latent", "minimax_m2"])
+def test_one_plan_for_the_counts_and_the_experts(family, enabled, op_counter):
+    model = make(family)
+    expected = loss_and_gradients(model)
+    balancer = LoadBalancer(model)
+    with op_counter:
+        assert_same(loss_and_gradients(model), expected, 0)
+    assert op_counter.calls["routing_plan"] == len(balancer.layers) == op_counter.calls["d_activation_"]
+
+
+@pytest.mark.parametrize("change", ["other tensor", "in place", "fewer experts"])
+def test_a_plan_of_other_indices_is_not_used(change):
+    indices = torch.tensor([[0, 1], [2, 3]])
+    plan = routing_plan(indices, 8)
+    experts.hand_on(plan, indices)
+    assert experts._plan_of(indices, 8) is plan
+    if change == "other tensor":
+        indices = indices.clone()
+    elif change == "in place":
+        indices[0, 0] = 8  # as expert parallelism marks what is elsewhere
+    assert experts._plan_of(indices, 4 if change == "fewer experts" else 8) is indices
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_kernels
@@ -12,7 +13,7 @@ from moe_kernels.integrations.transformers import families
 from tests.integrations.models import FAMILIES, assert_same, loss_and_gradients, make_config, make_model, tokens
 
 #: family -> blocks that fuse
-BLOCKS = {"deepseek_v3": 2, "glm_moe_dsa": 2, "glm4_moe": 2, "qwen3_5_moe": 4, "nemotron_h": 2}
+BLOCKS = {"deepseek_v3": 2, "glm_moe_dsa": 2, "glm4_moe": 2, "qwen3_5_moe": 4, "nemotron_h": 2, "nemotron_h_latent": 2}
 
 
 @pytest.fixture
@@ -135,6 +136,81 @@ def test_a_forward_that_another_library_runs_already(disabled, op_counter):
     rows = moe_kernels.report(model).routers
     assert not any(row.accelerated for row in rows) and "another library runs its forward" in rows[0].reason
     assert runs(model, op_counter) == 0
+
+
+# Guards of the router; those of the block: test_blocks.py
+
+
+@pytest.mark.parametrize("family", ["mixtral", "minimax"])
+def test_jitter_stays(family, enabled, op_counter):
+    """Noise that the stock block multiplies the tokens by in training comes before our router and experts."""
+    options = {"router_jitter_noise": 0.3} if family == "mixtral" else {"router_jitter_noise": 0.3, "head_dim": 16}
+    config_class = {"mixtral": transformers.MixtralConfig, "minimax": transformers.MiniMaxConfig}[family]
+    model = AutoModelForCausalLM.from_config(config_class(**{**FAMILIES["mixtral"][1], **options}))
+    report = moe_kernels.report(model)
+    assert all(row.accelerated for row in (*report.layers, *report.routers)) and report.blocks == ()
+    losses = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(loss_and_gradients(model))
+    assert_same(losses[1], losses[0])
+    assert losses[2][0] != losses[0][0], "no noise"
+    families.restore(model)
+    model.set_experts_implementation("eager")
+    torch.manual_seed(0)
+    assert_same(losses[0], loss_and_gradients(model))
+
+
+def test_a_sharded_router_runs_stock(enabled, op_counter, tmp_path):
+    """Tensor parallelism may shard or replicate its weight: a DTensor, which our ops know nothing of."""
+    gate = make_model("qwen3_moe").model.layers[0].mlp.gate
+    x = torch.randn(6, 64)
+    expected = gate(x)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        gate.weight = torch.nn.Parameter(distribute_tensor(gate.weight.detach(), mesh))
+        with op_counter:
+            actual = gate(distribute_tensor(x, mesh))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not op_counter.calls
+    torch.testing.assert_close(actual[1].full_tensor(), expected[1])
+
+
+def test_hooks_of_the_router_see_and_change_what_stock_gives(enabled, op_counter):
+    model = make_model("deepseek_v3")
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+        layer.mlp.gate.register_forward_hook(lambda module, args, out: (out[0], out[1] * 0.5, out[2]))
+    assert runs(model, op_counter) == 2
+    actual = loss_and_gradients(model)
+    families.restore(model)
+    model.set_experts_implementation("eager")
+    assert_same(actual, loss_and_gradients(model))
+
+
+def test_an_adapter_on_the_routers_weight(enabled):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["mlp.gate.weight"])
+    torch.manual_seed(0)
+    model = peft.get_peft_model(make_model("deepseek_v3"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.normal_(std=0.1)
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    actual = loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert actual[1] and all("lora" in name for name in actual[1])
+    model.zero_grad()
+    families.restore(model)
+    model.base_model.model.set_experts_implementation("eager")
+    loss = model(tokens(), labels=tokens()).loss
+    loss.backward()
+    for name, gradient in actual[1].items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(loss.detach(), actual[0])
 
 
 def test_on_the_meta_device_and_in_sub_models(enabled):

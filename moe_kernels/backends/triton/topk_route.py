@@ -16,20 +16,21 @@ losing groups start below every key.
 With a bias a key is computed in two places and must be the same number in both: the kernel is compiled without fused
 multiply-adds, which the compiler might form in one place and not in the other.
 
-Predicted from the machine code of sm_90, not measured: clocks of an SM that a program of 4 tokens takes, from its
+Predicted from the machine code of sm_90: clocks of an SM that a program of 4 tokens takes with bins of 16, from its
 busiest pipe (compares, selects and integers issue at half rate), and T = 16384 on 132 SMs at 1.7 GHz with that pipe
-full; a half more is likely, for 15 to 31 warps an SM hide the ~500 clocks of latency in a round only in part.
+full. 15 to 31 warps an SM hide the ~500 clocks of latency in a round only in part, so about a half more is measured.
 
-    E=128 K=8  softmax, bf16                 96 +  8 * 30 clocks      6 µs     (bytes: 2 µs)
-    E=256 K=8  sigmoid, bias, 4 of 8 groups  378 + 8 * 36            12 µs     (bytes: 6 µs)
-    E=512 K=22 sigmoid, bias                 401 + 22 * 47           26 µs     (bytes: 12 µs)
+                                                                     predicted   bins of 16, of 8   bytes alone
+    E=128 K=8  softmax, bf16                 96 +  8 * 30 clocks      6 µs         8.8,  7.6         2
+    E=256 K=8  sigmoid, bias, 4 of 8 groups  378 + 8 * 36            12           19.8, 18.3         6
+    E=512 K=22 sigmoid, bias                 401 + 22 * 47           26           39.3, 37.9        12
 
 K maxima over the whole row would take 9, 24 and 90 µs by the same count; a bitonic top-32 of 64-bit (key, index) pairs
 70 µs at E=512. Packing an index into the low bits of an fp32 key (QuACK's top-k) is cheaper but not exact.
 
 The backward writes the dense part of a row (softmax: -p * sum; otherwise zeros), then the K chosen over it after a
-barrier of its warp: one or two passes over the bytes of [T, E] and no product of E and K. By bytes and machine code:
-4, 7 and 18 µs for the shapes above.
+barrier of its warp: one or two passes over the bytes of [T, E] and no product of E and K. Predicted by bytes and
+machine code 4, 7 and 18 µs for the shapes above, measured 7, 9 and 24.
 """
 
 import torch
@@ -41,7 +42,7 @@ from moe_kernels.backends.triton._launch import Launch, cdiv, launch
 
 _TOKENS = 4  # of a program: their bins fill the lanes
 _LONG = 512  # rows up to here fit in registers four at a time, 64 logits a lane; longer ones go alone
-_BIN = 16  # near the root of E, where a round is cheapest; 64 bytes of fp32
+_BIN = 8  # a sector of fp32; 16, nearer the root of E, is up to 15 % slower, 32 a fifth to two fifths (H100)
 
 _LOWEST = tl.constexpr(-(2**31))  # no choice: below every key
 _HIGHEST = tl.constexpr(2**31 - 1)

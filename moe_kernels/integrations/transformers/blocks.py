@@ -1,5 +1,6 @@
 """Whole MoE blocks: the shared expert's output joins the sum over the experts, instead of an addition after it.
 
+Where a projection stands between the experts and that addition (Nemotron-3 Super, Ultra), it joins the projection's.
 The router and the shared expert still run as modules, so that hooks, recorders, adapters and quantised layers of
 theirs are none of our business. Only the experts get one more argument, and only when nothing stands between the
 block and our function; otherwise the block's stock forward runs.
@@ -8,10 +9,12 @@ block and our function; otherwise the block's stock forward runs.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Experts
 
+from moe_kernels.functional._autocast import products_dtype
 from moe_kernels.integrations.transformers.registry import FP8_REASON, asks_for_us
 
 
@@ -29,6 +32,8 @@ class BlockRule(NamedTuple):
 
 
 _FLAT = ("router", "shared")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSORS = (nn.Parameter, Tensor)  # not a DTensor, nor a quantised weight
 
 #: fingerprint of the forward -> what it computes
 BLOCKS: dict[str, BlockRule] = {
@@ -42,6 +47,7 @@ BLOCKS: dict[str, BlockRule] = {
     "5fd93c904670": BlockRule("Hunyuan V3", router_argument="e_score_correction_bias", flat=_FLAT),
     "ad8877f1e352": BlockRule("Hunyuan V1", shared="shared_mlp", flat=("router",)),
     "75be86b45a7b": BlockRule("Ernie 4.5", flat=_FLAT),
+    "b783c40d2202": BlockRule("Aria", router="router", flat=("router",)),
     "0173013f4f78": BlockRule("Cohere 2", flat=_FLAT, only_if=("shared_expert_combination_strategy", "sum")),
 }
 
@@ -71,6 +77,7 @@ NOTHING_TO_FUSE = frozenset(
 STAYS_STOCK: dict[str, str] = {
     "7679806a2a3f": "its router may take token ids (DeepSeek-V4)",
     "4be11f32ba89": "its router weighs the shared experts too (Inkling)",
+    "ca87a9bbdc31": "it multiplies the experts' sum by top_k (OpenAI privacy filter)",
 }
 
 
@@ -80,8 +87,6 @@ def why_not(module: nn.Module, rule: BlockRule) -> str | None:
         return "there is no shared expert in it"
     if rule.only_if is not None and getattr(module, rule.only_if[0]) != rule.only_if[1]:
         return f"{rule.only_if[0]} is {getattr(module, rule.only_if[0])!r}"
-    if rule.latent is not None and not all(isinstance(getattr(module, name), nn.Identity) for name in rule.latent):
-        return "a projection stands between the experts and the sum"
     return None
 
 
@@ -115,9 +120,31 @@ def run(rule: BlockRule, module: nn.Module, hidden_states: Tensor) -> Tensor:
         shared = F.sigmoid(getattr(module, rule.shared_gate)(x_TD)) * shared
     if rule.scale is not None:  # of the sum: the weights are scaled in fp32 instead
         weights_TK = weights_TK.float() * getattr(module, rule.scale)
-    out_TD = module.experts(x_TD, indices_TK, weights_TK, residual_TD=shared)
+    before, after = (getattr(module, name) for name in rule.latent) if rule.latent else (None, None)
+    if before is None or (_is_plain(before, nn.Identity) and _is_plain(after, nn.Identity)):
+        out_TD = module.experts(x_TD, indices_TK, weights_TK, residual_TD=shared)
+    else:
+        out_TD = _add_projected(shared, module.experts(before(x_TD), indices_TK, weights_TK), after)
     out = out_TD.view(hidden_states.shape)
     return out if rule.after is None else getattr(module, rule.after)(out)
+
+
+def _add_projected(shared_TD: Tensor, latent_TL: Tensor, projection: nn.Module) -> Tensor:
+    """shared + projection(latent), in one product where the projection is that product and nothing else."""
+    if _is_plain(projection, nn.Linear) and projection.bias is None:
+        weight = projection.weight
+        # In one dtype, autocast's where it rules: a sum in another one would be rounded first.
+        if type(weight) in _TENSORS and shared_TD.dtype == latent_TL.dtype == products_dtype(
+            weight, weight.device.type
+        ):
+            return torch.addmm(shared_TD, latent_TL, weight.T)
+    return shared_TD + projection(latent_TL)
+
+
+def _is_plain(module: nn.Module, cls: type) -> bool:
+    """Is it ``cls`` itself, unadapted, with nothing that sees or changes its calls?"""
+    held = module.__dict__  # offloading and tensor parallelism put a forward there
+    return type(module) is cls and "forward" not in held and not any(map(held.get, _HOOKS))
 
 
 def _wrapper(experts: nn.Module) -> str | None:
@@ -127,5 +154,4 @@ def _wrapper(experts: nn.Module) -> str | None:
         return f"the experts are wrapped in {type(experts).__name__}"
     if "forward" in held or "_hf_hook" in held or held.get("_is_hooked") or held.get("_is_expert_parallel"):
         return "another library runs the experts' forward (tensor or expert parallelism, offloading)"
-    hooks = held["_forward_hooks"], held["_forward_pre_hooks"], held["_backward_hooks"], held["_backward_pre_hooks"]
-    return "the experts have hooks" if any(hooks) else None
+    return "the experts have hooks" if any(map(held.get, _HOOKS)) else None

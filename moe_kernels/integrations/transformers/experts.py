@@ -16,7 +16,7 @@ from transformers.integrations.moe import _default_apply_gate, grouped_mm_expert
 from transformers.utils import logging
 
 from moe_kernels import backends
-from moe_kernels.functional import moe_experts
+from moe_kernels.functional import RoutingPlan, moe_experts
 from moe_kernels.functional._autocast import products_dtype
 from moe_kernels.integrations.transformers.fingerprint import fingerprint
 from moe_kernels.ops._contract import FLOATS
@@ -65,6 +65,7 @@ _NUMBERS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit")
 
 #: Name of the attribute with which ``patch(model, recompute=...)`` marks an experts module.
 RECOMPUTE_ATTRIBUTE = "_moe_kernels_recompute"
+_PLAN_ATTRIBUTE = "_moe_kernels_plan"  # of a tensor of indices
 
 
 class Facts(NamedTuple):
@@ -147,7 +148,7 @@ def moe_kernels_experts_forward(
     out = moe_experts(
         x,
         top_k_weights,
-        top_k_index,
+        _plan_of(top_k_index, up.shape[0]),
         up,
         down,
         **dict(zip(Activation._fields, activation)),
@@ -158,6 +159,20 @@ def moe_kernels_experts_forward(
     )
     out = out.to(hidden_states.dtype)
     return out if joins or residual_TD is None else out + residual_TD
+
+
+def hand_on(plan: RoutingPlan, indices_TK: Tensor) -> None:
+    """Let the experts that get this very tensor use the plan of it."""
+    if not torch.compiler.is_compiling():
+        setattr(indices_TK, _PLAN_ATTRIBUTE, (plan, indices_TK._version))
+
+
+def _plan_of(indices_TK: Tensor, num_experts: int) -> RoutingPlan | Tensor:
+    """The plan that was handed on; the indices where none was, or where it is of other indices or experts."""
+    if torch.compiler.is_compiling() or not hasattr(indices_TK, _PLAN_ATTRIBUTE):
+        return indices_TK
+    plan, version = getattr(indices_TK, _PLAN_ATTRIBUTE)
+    return plan if version == indices_TK._version and num_experts == plan.num_experts else indices_TK
 
 
 def weights(module) -> tuple[Tensor, Tensor]:

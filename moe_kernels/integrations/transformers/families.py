@@ -77,7 +77,11 @@ def why_stays_stock(kind: str, module: nn.Module) -> str | None:
     home, rules = (routers, routers.ROUTERS) if kind == "router" else (blocks, blocks.BLOCKS)
     if digits in home.STAYS_STOCK:
         return home.STAYS_STOCK[digits]
-    return f"no rule for its source ({digits})" if digits not in rules else home.why_not(module, rules[digits])
+    if digits in rules:
+        return home.why_not(module, rules[digits])
+    if "self_attn" in module._modules:
+        return "it is a whole layer, with experts beside a dense MLP"
+    return f"no rule for its source ({digits})"
 
 
 def is_ours(module: nn.Module) -> bool:

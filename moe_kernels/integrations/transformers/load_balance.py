@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from moe_kernels.functional import ExpertLoad, expert_load, routing_plan, update_selection_bias_
 from moe_kernels.functional.load_balance import check_rate, sum_over_group
+from moe_kernels.integrations.transformers.experts import hand_on
 
 logger = logging.get_logger(__name__)
 
@@ -285,7 +286,9 @@ def _count(layer: _Layer, router: nn.Module, args: tuple, output: object) -> Non
         )
     with torch.no_grad():
         indices_TK = indices[0].to(layer.counts_E.device).flatten(0, -2)
-        layer.counts_E.add_(routing_plan(indices_TK, layer.counts_E.shape[0]).tokens_per_expert_E)
+        plan = routing_plan(indices_TK, layer.counts_E.shape[0])
+        layer.counts_E.add_(plan.tokens_per_expert_E)
+    hand_on(plan, indices[0])
 
 
 def _draw(path: Path, history: dict[int, list[float]], layers: tuple[str, ...]) -> None:

@@ -11,6 +11,8 @@ from moe_kernels.integrations.transformers import blocks, families, routers
 from moe_kernels.integrations.transformers.experts import choose_backend, facts, judge, weights
 from moe_kernels.integrations.transformers.registry import FP8_REASON, NAME, is_registered, is_switchable
 
+NOT_SWITCHABLE = "not switchable through Transformers' experts interface"
+EXPERTS_ON_STOCK = "its experts run on stock"
 _DISABLED = "moe_kernels is disabled; moe_kernels.enable() brings it back"
 
 
@@ -101,7 +103,7 @@ def report(model: nn.Module) -> Report:
         if is_switchable(module):
             rows.append(_switchable(name, module))
         elif name.rpartition(".")[2] == "experts" and not any(map(is_switchable, module.modules())):
-            rows.append(_stock(name, module, "", "not switchable through Transformers' experts interface"))
+            rows.append(_stock(name, module, "", NOT_SWITCHABLE))
     parts = {"router": [], "block": []}
     for part in families.parts(model):
         parts[part.kind].append(_part(part))
@@ -151,7 +153,7 @@ def _part(part: families.Part) -> Row:
 def _of_block(module: nn.Module, experts: nn.Module) -> tuple[str, str | None]:
     reason, row = blocks.why_not_now(module), _switchable("", experts)
     if reason is None and not row.accelerated:
-        reason = "its experts run on stock"
+        reason = EXPERTS_ON_STOCK
     return row.backend, reason
 
 

@@ -1,0 +1,19 @@
+// Routing weights, in whatever type the router gave them.
+#pragma once
+
+#include "common.cuh"
+#include "dtype.h"
+
+namespace moe_kernels {
+
+// Weight i as a float; 1 where there are none.
+__device__ __forceinline__ float load_weight(const void* weights, DType dtype, int64_t i) {
+    switch (dtype) {
+        case DType::kFloat32: return static_cast<const float*>(weights)[i];
+        case DType::kBFloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[i]);
+        case DType::kFloat16: return __half2float(static_cast<const __half*>(weights)[i]);
+        default: return 1.0f;
+    }
+}
+
+}  // namespace moe_kernels
