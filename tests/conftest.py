@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 from torch._ops import HigherOrderOperator
+from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HAS_CUDA = torch.cuda.is_available()
@@ -152,6 +153,8 @@ def poison(monkeypatch):
 
         return wrapper
 
+    # torch.device("meta") as a context looks for these functions in a set made at its first use: not ours.
+    _device._device_constructors()
     for owner, name in (
         (torch, "empty"),
         (torch, "empty_like"),
