@@ -5,7 +5,7 @@
     weights = scale p[indices] / max(sum + epsilon, min_sum)                    -> [T, K]
     d_logits, from d_weights and the indices, scores computed again             -> [T, E]
 
-A program is one warp and _TOKENS tokens, so that nothing waits at a barrier; their rows are held in registers.
+A program is one warp and up to _TOKENS tokens, so that nothing waits at a barrier; their rows are held in registers.
 Keys are 32-bit integers that order as the floats do; equal keys are told apart by index alone, so K experts are
 distinct whatever the logits are. There are two ways to choose:
 
@@ -16,10 +16,11 @@ written back. A round costs E / _BIN + _BIN elements where a maximum over the ro
 start below every key.
 
 **A list**, for more than _FEW experts of 257 to _LONG: a threshold below which no chosen expert is, found by halving an
-interval as long as the best of K sets of _SET elements stay above; then all elements that are not below it, 1.2 K of
+interval as long as the best of K sets of _SET elements stay above; then all elements that are not below it, 1.25 K of
 512, go to a list (a bit each in their lane, a sum over lanes for the places, a round for each bit of the fullest lane),
 and one sort of (key, index) in 64 bits puts the list in order. Where the elements are too many for the list (many equal
-logits, infinities; 1 token in 100 with random ones) or too few (NaN), the program takes the rounds.
+logits, infinities; of random ones 3 tokens in 100 with K=11, none with K=22) or too few (NaN), the program takes the
+rounds.
 
 With a bias a key is computed in two places and must be the same number in both: the kernel is compiled without fused
 multiply-adds, which the compiler might form in one place and not in the other. The sigmoid of all E is the bare two
@@ -31,14 +32,15 @@ the latency of two waves of programs (4500 clocks for a list, 2000 and 350 a rou
 first kernel was slower than that.
 
                                                                          predicted   measured       bytes alone
-    E=128 K=8  softmax, bf16, rounds             62 +  8 * 22 clocks     4, 8 µs     7.7            2
-    E=256 K=8  sigmoid, bias, 4 of 8 groups      292 + 8 * 26            9, 15       (17.9)         6
-    E=512 K=22 sigmoid, bias, rounds             128 + 22 * 39           18, 31      (37.9)         12
-    E=512 K=22 sigmoid, bias, list               466 + 4 * 24 + 5 % of the rounds   11, 18          12
+    E=128 K=8  softmax, bf16, rounds             62 +  8 * 22 clocks     4, 8 µs     7.8            2
+    E=256 K=8  sigmoid, bias, 4 of 8 groups      292 + 8 * 26            9, 15       17.1           6
+    E=512 K=22 sigmoid, bias, rounds             128 + 22 * 39           18, 31      33.5           12
+    E=512 K=22 sigmoid, bias, list of 32         466 + 4 * 24 + rounds   11, 18      30.5
+                               list of 64, a token a program                        22.9
 
-In brackets: with the long sigmoid. K maxima over the whole row would take 9, 24 and 90 µs by the same count; a bitonic
-top-32 of the row's 64-bit pairs 70 µs at E=512. Packing an index into the low bits of an fp32 key (QuACK's top-k) is
-cheaper but not exact.
+The list of four tokens takes 123 registers, of one 51: more programs at a time hide the sort's latency. K maxima over
+the whole row would take 9, 24 and 90 µs by the same count; a bitonic top-32 of the row's 64-bit pairs 70 µs at E=512.
+Packing an index into the low bits of an fp32 key (QuACK's top-k) is cheaper but not exact.
 
 The backward writes the dense part of a row (softmax: -p * sum; otherwise zeros), then the K chosen over it after a
 barrier of its warp: one or two passes over the bytes of [T, E] and no product of E and K. Predicted by bytes and
@@ -56,13 +58,14 @@ from moe_kernels.backends.triton._launch import Launch, cdiv, launch
 _TOKENS = 4  # of a program: their bins fill the lanes
 _LONG = 512  # rows up to here fit in registers four at a time, 64 logits a lane; longer ones go alone
 _LOGITS_BWD = 1024  # of a program; four rows of 512 take 24 µs where two take 21
-_FEW = 10  # experts that rounds choose as fast as a list does
+_FEW = 7  # experts that rounds choose as fast as a list does
+_PLACES = 32  # in the lists of a program, at least
 _BIN = 8  # a sector of fp32; 16, nearer the root of E, is up to 15 % slower, 32 a fifth to two fifths (H100)
 
 _LOWEST = tl.constexpr(-(2**31))  # no choice: below every key
 _HIGHEST = tl.constexpr(2**31 - 1)
 _SET = tl.constexpr(8)
-_HALVINGS = tl.constexpr(8)  # 7: half as many tokens again with too long a list, of random logits; 6: three times
+_HALVINGS = tl.constexpr(5)  # each less leaves more elements for the list
 
 
 @triton.jit
@@ -400,7 +403,8 @@ def route_kernel(
     if LIST > 0:
         VECTOR: tl.constexpr = min(128 // logits_ptr.dtype.element_ty.primitive_bitwidth, WIDTH // 32)
         row_choices = tl.where(m_w, choices, float("-inf"))
-        bits = _bits((row_choices >= _threshold(row_choices, TOP_K, VECTOR)[:, None]) & m_w, VECTOR)
+        low = _threshold(row_choices, TOP_K, VECTOR)
+        bits = _bits((row_choices >= low[:, None]) & m_w, VECTOR)
         end = tl.cumsum(bits >> 16, 1)
         length = tl.max(end, 1)
         short = tl.min(tl.where((length >= TOP_K) & (length <= min(LIST, 2 * TOP_K)), 1, 0), 0) == 1
@@ -547,8 +551,10 @@ def topk_route(
         bias_E = bias_E.contiguous()
     block_g = triton.next_power_of_2(num_groups)
     block_m = triton.next_power_of_2(experts // num_groups)
-    block_t = _TOKENS if block_g * block_m <= _LONG else 1
     places = _places(experts, top_k, num_groups)
+    block_t = _TOKENS if block_g * block_m <= _LONG else 1
+    if places:
+        block_t = cdiv(_PLACES, places)
     launch(
         device,
         Launch(
@@ -653,10 +659,10 @@ def topk_route_bwd(
 
 
 def _places(experts: int, top_k: int, num_groups: int) -> int:
-    """Of a token's list; 0 for no list. An eighth of K and more is left for what is near the threshold."""
+    """Of a token's list; 0 for no list."""
     if num_groups > 1 or top_k <= _FEW or not max(257, 22 * top_k) <= experts <= _LONG:
         return 0
-    return triton.next_power_of_2(top_k + top_k // 4 + 1)
+    return triton.next_power_of_2(top_k + top_k // 2)
 
 
 def _contiguous_rows(logits_TE: Tensor) -> Tensor:
