@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "activation.h"
 #include "combine.h"
 #include "d_activation.h"
 #include "decode_experts.h"
@@ -16,6 +17,7 @@
 #include "grouped_wgrad.h"
 #include "plan.h"
 #include "routing_plan.h"
+#include "row_sums.h"
 #include "tile.h"
 #include "weights.h"
 
@@ -89,17 +91,20 @@ void bind_weights(py::module_& m) {
 }
 
 void bind_decode_experts(py::module_& m) {
-    py::dict activations;
-    activations["swiglu"] = static_cast<int>(Activation::kSwiGLU);
-    activations["geglu"] = static_cast<int>(Activation::kGeGLU);
-    activations["geglu_tanh"] = static_cast<int>(Activation::kGeGLUTanh);
-    activations["swiglu_oai"] = static_cast<int>(Activation::kSwiGLUOAI);
-    activations["swiglu_clamp_before"] = static_cast<int>(Activation::kSwiGLUClampBefore);
-    activations["swiglu_clamp_after"] = static_cast<int>(Activation::kSwiGLUClampAfter);
-    activations["silu"] = static_cast<int>(Activation::kSiLU);
-    activations["gelu"] = static_cast<int>(Activation::kGELU);
-    activations["gelu_tanh"] = static_cast<int>(Activation::kGELUTanh);
-    activations["relu2"] = static_cast<int>(Activation::kReLU2);
+    py::dict activations;  // name -> (code, has a gate)
+    const auto add = [&](const char* name, Activation activation) {
+        activations[name] = py::make_tuple(static_cast<int>(activation), is_gated(activation));
+    };
+    add("swiglu", Activation::kSwiGLU);
+    add("geglu", Activation::kGeGLU);
+    add("geglu_tanh", Activation::kGeGLUTanh);
+    add("swiglu_oai", Activation::kSwiGLUOAI);
+    add("swiglu_clamp_before", Activation::kSwiGLUClampBefore);
+    add("swiglu_clamp_after", Activation::kSwiGLUClampAfter);
+    add("silu", Activation::kSiLU);
+    add("gelu", Activation::kGELU);
+    add("gelu_tanh", Activation::kGELUTanh);
+    add("relu2", Activation::kReLU2);
     m.attr("ACTIVATIONS") = activations;
     m.def(
         "decode_experts",
@@ -155,34 +160,58 @@ void bind_sm90(py::module_& m) {
                                     "num_experts"_a, "num_rows"_a, "top_k"_a);
     m.def(
         "grouped_gemm",
-        [](uintptr_t y, uintptr_t a, int64_t a_stride, const Weights& w, bool across, int64_t width, int64_t reduced,
-           const Plan& plan, int num_sms, uintptr_t counter, uintptr_t stream) {
-            grouped_gemm({pointer<void>(y), pointer<const void>(a), a_stride, w, across, width, reduced}, plan,
-                         {num_sms, pointer<int>(counter), stream_of(stream)});
+        [](uintptr_t y, uintptr_t a, int64_t a_stride, const Weights& w, bool across, uintptr_t bias,
+           int64_t bias_stride, int64_t width, int64_t reduced, const Plan& plan, int num_sms, uintptr_t counter,
+           uintptr_t stream) {
+            grouped_gemm({pointer<void>(y), pointer<const void>(a), a_stride, w, across, pointer<const void>(bias),
+                          bias_stride, width, reduced},
+                         plan, {num_sms, pointer<int>(counter), stream_of(stream)});
         },
-        py::kw_only(), "y"_a, "a"_a, "a_stride"_a, "w"_a, "across"_a, "width"_a, "reduced"_a, "plan"_a, "num_sms"_a,
-        "counter"_a, "stream"_a);
+        py::kw_only(), "y"_a, "a"_a, "a_stride"_a, "w"_a, "across"_a, "bias"_a, "bias_stride"_a, "width"_a, "reduced"_a,
+        "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
     m.def(
         "gate_up",
-        [](uintptr_t h, uintptr_t a, uintptr_t x, int64_t x_stride, const Weights& w, int64_t inner, int64_t reduced,
-           const Plan& plan, int num_sms, uintptr_t counter, uintptr_t stream) {
-            gate_up({pointer<void>(h), pointer<void>(a), pointer<const void>(x), x_stride, w, inner, reduced}, plan,
-                    {num_sms, pointer<int>(counter), stream_of(stream)});
+        [](uintptr_t h, uintptr_t a, uintptr_t x, int64_t x_stride, const Weights& w, bool across, uintptr_t bias,
+           int64_t inner, int64_t reduced, int activation, float alpha, float limit, bool interleaved, const Plan& plan,
+           int num_sms, uintptr_t counter, uintptr_t stream) {
+            gate_up({pointer<void>(h),
+                     pointer<void>(a),
+                     pointer<const void>(x),
+                     x_stride,
+                     w,
+                     across,
+                     pointer<const void>(bias),
+                     inner,
+                     reduced,
+                     {static_cast<Activation>(activation), alpha, limit, interleaved}},
+                    plan, {num_sms, pointer<int>(counter), stream_of(stream)});
         },
-        py::kw_only(), "h"_a, "a"_a, "x"_a, "x_stride"_a, "w"_a, "inner"_a, "reduced"_a, "plan"_a, "num_sms"_a,
-        "counter"_a, "stream"_a);
+        py::kw_only(), "h"_a, "a"_a, "x"_a, "x_stride"_a, "w"_a, "across"_a, "bias"_a, "inner"_a, "reduced"_a,
+        "activation"_a, "alpha"_a, "limit"_a, "interleaved"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
     m.def(
         "d_activation",
         [](uintptr_t dh, uintptr_t a, uintptr_t partial, uintptr_t h, uintptr_t d_out, int64_t d_out_stride,
-           const Weights& w, uintptr_t weights, int weights_dtype, int64_t inner, int64_t reduced, const Plan& plan,
-           int num_sms, uintptr_t counter, uintptr_t stream) {
-            d_activation({pointer<void>(dh), pointer<void>(a), pointer<float>(partial), pointer<const void>(h),
-                          pointer<const void>(d_out), d_out_stride, w, pointer<const void>(weights),
-                          static_cast<DType>(weights_dtype), inner, reduced},
+           const Weights& w, bool along, uintptr_t weights, int weights_dtype, int64_t inner, int64_t reduced,
+           int activation, float alpha, float limit, bool interleaved, const Plan& plan, int num_sms, uintptr_t counter,
+           uintptr_t stream) {
+            d_activation({pointer<void>(dh),
+                          pointer<void>(a),
+                          pointer<float>(partial),
+                          pointer<const void>(h),
+                          pointer<const void>(d_out),
+                          d_out_stride,
+                          w,
+                          along,
+                          pointer<const void>(weights),
+                          static_cast<DType>(weights_dtype),
+                          inner,
+                          reduced,
+                          {static_cast<Activation>(activation), alpha, limit, interleaved}},
                          plan, {num_sms, pointer<int>(counter), stream_of(stream)});
         },
-        py::kw_only(), "dh"_a, "a"_a, "partial"_a, "h"_a, "d_out"_a, "d_out_stride"_a, "w"_a, "weights"_a,
-        "weights_dtype"_a, "inner"_a, "reduced"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
+        py::kw_only(), "dh"_a, "a"_a, "partial"_a, "h"_a, "d_out"_a, "d_out_stride"_a, "w"_a, "along"_a, "weights"_a,
+        "weights_dtype"_a, "inner"_a, "reduced"_a, "activation"_a, "alpha"_a, "limit"_a, "interleaved"_a, "plan"_a,
+        "num_sms"_a, "counter"_a, "stream"_a);
     m.def(
         "grouped_wgrad",
         [](uintptr_t dw, int dw_dtype, uintptr_t lhs, int64_t lhs_stride, uintptr_t rhs, int64_t rhs_stride, int64_t m,
@@ -193,6 +222,18 @@ void bind_sm90(py::module_& m) {
         },
         py::kw_only(), "dw"_a, "dw_dtype"_a, "lhs"_a, "lhs_stride"_a, "rhs"_a, "rhs_stride"_a, "m"_a, "n"_a,
         "gather_lhs"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
+    m.def("row_sums_workspace", &row_sums_workspace, py::kw_only(), "num_rows"_a, "num_experts"_a, "width"_a,
+          "float32 words of scratch memory that row_sums needs.");
+    m.def(
+        "row_sums",
+        [](uintptr_t sums, int sums_dtype, uintptr_t rows, int64_t row_stride, int64_t width, uintptr_t workspace,
+           const Plan& plan, uintptr_t stream) {
+            row_sums({pointer<void>(sums), static_cast<DType>(sums_dtype), pointer<const void>(rows), row_stride, width,
+                      pointer<float>(workspace)},
+                     plan, stream_of(stream));
+        },
+        py::kw_only(), "sums"_a, "sums_dtype"_a, "rows"_a, "row_stride"_a, "width"_a, "workspace"_a, "plan"_a,
+        "stream"_a);
 }
 #endif
 

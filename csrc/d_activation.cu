@@ -1,13 +1,18 @@
 // d_activation: dA' = dO[token(r)] . W_down[e], and in the epilogue A' = s A, dS = <dA', A>, dH = s dA' act'(H); see
 // sm90/varlen_m.cuh for the kernel.
 //
-//     dO [T, D] · W_down [E, D, I], with H [R, 2I], s [T, K] -> dH [R, 2I] (may be H's memory), A' [R, I], dS [T, K]
+//     dO [T, D] · W_down [E, D, I] (across) or [E, I, D] (along), with H [R, N], s [T, K]
+//     -> dH [R, N] (may be H's memory), A' [R, I], dS [T, K];  N = 2I with a gate, else I
 //
-// The epilogue goes through its 256 columns in chunks of 64. The gate and up chunks of H come through the same ring of
-// stages as the operands of the product, so they are on their way while the products still run; dH is written over them
-// in the stage, A' beside them, and both go out by the copy engine from there. Every element of H has one reader and
-// one writer, one after the other. dS is a sum over all columns of I: each tile writes its partial sum by slot, and
-// they are added in a fixed order afterwards.
+// The epilogue goes through its 256 columns in chunks of 64. The chunks of H that belong to them come through the same
+// ring of stages as the operands of the product, so they are on their way while the products still run; dH is written
+// over them in the stage, A' beside them, and both go out by the copy engine from there. Every element of H has one
+// reader and one writer, one after the other. dS is a sum over all columns of I: each tile writes its partial sum by
+// slot, and they are added in a fixed order afterwards.
+//
+// Chunks of H: one of gate and one of up columns (halves), two neighbours (in turn), or one (plain). Where gate and up
+// come in turn, those of a thread's two columns of dA' are eight bytes of H, which it reads and writes by itself.
+// Each layout, activation and storage of W is a kernel of its own; alpha and limit are run-time arguments.
 
 #include "activation.cuh"
 #include "d_activation.h"
@@ -18,20 +23,23 @@ namespace {
 
 constexpr int kChunks = kTileN / 64;
 
-template <typename T>
+template <typename T, Activation kActivation, Layout kLayout>
 struct DActivation : EpilogueDefaults {
     static constexpr const char* kName = "d_activation";
-    static constexpr int kPartBytes = kTileM * kRowBytes;  // of gate, up and A' in a stage: 64 columns of all rows
-    static constexpr int kSteps = kChunks, kStepBytes = 2 * kPartBytes;
+    static constexpr int kPartBytes = kTileM * kRowBytes;  // 64 columns of all rows, of H and of A', in a stage
+    static constexpr int kHParts = kRatioOf<kLayout>;      // first those of H, then A'
+    static constexpr int kSteps = kChunks, kStepBytes = kHParts * kPartBytes;
+    static_assert(kStepBytes + kPartBytes <= kStageBytes);
     static constexpr int kStagingBytes = 0;
 
     struct Arguments {
-        CUtensorMap h, dh, a;  // [R, 2, I], [R, 2, I], [R, 1, I]
+        CUtensorMap h, dh, a;  // [R, parts, N / parts] twice, [R, 1, I]
         void *dh_data, *a_data;
         float* partial;
         const void* weights;
         DType weights_dtype;
         int inner;
+        float alpha, limit;
     };
 
     const Arguments& args;
@@ -48,14 +56,20 @@ struct DActivation : EpilogueDefaults {
                                                      const Tile& tile, int c) {
         const int n = tile.i_n() * kTileN + 64 * c;
 #pragma unroll
-        for (int part = 0; part < 2; ++part) {
+        for (int part = 0; part < kHParts; ++part) {
 #pragma unroll
             for (int i = 0; i < kConsumers; ++i) {
-                ptx::tma_load_3d(to + part * kPartBytes + i * kChunkBytes, &args.h, barrier, n, part,
-                                 tile.first + i * kRows);
+                ptx::tma_load_3d(to + part * kPartBytes + i * kChunkBytes, &args.h, barrier, column_of_h(n, part),
+                                 part_of_h(part), tile.first + i * kRows);
             }
         }
     }
+
+    // Where chunk `part` of H is that belongs to the columns of A from n on.
+    static __device__ __forceinline__ int column_of_h(int n, int part) {
+        return kLayout == Layout::kInTurn ? 2 * n + 64 * part : n;
+    }
+    static __device__ __forceinline__ int part_of_h(int part) { return kLayout == Layout::kHalves ? part : 0; }
 
     __device__ __forceinline__ void begin(int first, int rows) {
 #pragma unroll
@@ -82,10 +96,76 @@ struct DActivation : EpilogueDefaults {
         }
     }
 
+    // One row's pair of columns: from dA', gate and up to dH, A' (packed) and the row's part of dS.
+    struct Pair {
+        uint32_t a;
+        Gradients low, high;  // d_gate and d_up, scaled
+    };
+    __device__ __forceinline__ Pair backward(const float* d_a, float2 gate, float2 up, float scale, float& d_s) const {
+        Pair out;
+        out.low = gradients<kActivation>(gate.x, up.x, args.alpha, args.limit);
+        out.high = gradients<kActivation>(gate.y, up.y, args.alpha, args.limit);
+        const float scaled0 = d_a[0] * scale, scaled1 = d_a[1] * scale;
+        d_s += d_a[0] * out.low.a + d_a[1] * out.high.a;
+        out.low.gate *= scaled0;
+        out.low.up *= scaled0;
+        out.high.gate *= scaled1;
+        out.high.up *= scaled1;
+        out.a = packed(out.low.a * scale, out.high.a * scale);
+        return out;
+    }
+
+    static __device__ __forceinline__ float2 unpacked(uint32_t word) {
+        return to_float2(word, static_cast<const T*>(nullptr));
+    }
+    static __device__ __forceinline__ uint32_t packed(float low, float high) {
+        return from_floats(low, high, static_cast<const T*>(nullptr));
+    }
+
+    // 64 columns of dA' in a consumer's chunks of H: dH over them, A' beside them.
+    __device__ __forceinline__ void backward_chunk(unsigned char* h_chunk, const float* acc, const float (&s)[2],
+                                                   float (&d_s)[2]) const {
+        const uint32_t h_at = ptx::shared_address(h_chunk), a_at = h_at + kHParts * kPartBytes;
+        const uint32_t own = swizzled(row + lane / 4, lane >> 1 & 1) + (lane & 1) * sizeof(uint2);
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {  // 16 columns
+            const uint32_t at = swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), 2 * q + (lane >> 4));
+            uint32_t h_words[4], up_words[4], a_words[4];
+            if constexpr (kLayout != Layout::kInTurn) ptx::ldmatrix_x4(h_at + at, h_words);
+            if constexpr (kLayout == Layout::kHalves) ptx::ldmatrix_x4(h_at + kPartBytes + at, up_words);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {  // words 0, 2: upper rows; 1, 3: eight below
+                const float* d_a = acc + 8 * q + 2 * i;
+                const float scale = s[i & 1];
+                if constexpr (kLayout == Layout::kInTurn) {
+                    // Eight columns of A' are 16 of H: two 16-byte pieces, of which a lane of the quad has half a one.
+                    const int eight = 2 * q + i / 2, at_pair = own ^ (eight % 4 * 2 << 4);
+                    uint2& words =
+                        *reinterpret_cast<uint2*>(h_chunk + eight / 4 * kPartBytes + (i & 1) * 8 * kRowBytes + at_pair);
+                    const float2 first = unpacked(words.x), second = unpacked(words.y);  // gate, up
+                    const Pair pair = backward(d_a, make_float2(first.x, second.x), make_float2(first.y, second.y),
+                                               scale, d_s[i & 1]);
+                    words = make_uint2(packed(pair.low.gate, pair.low.up), packed(pair.high.gate, pair.high.up));
+                    a_words[i] = pair.a;
+                } else {
+                    const float2 up = kLayout == Layout::kHalves ? unpacked(up_words[i]) : float2{};
+                    const Pair pair = backward(d_a, unpacked(h_words[i]), up, scale, d_s[i & 1]);
+                    h_words[i] = packed(pair.low.gate, pair.high.gate);
+                    up_words[i] = packed(pair.low.up, pair.high.up);
+                    a_words[i] = pair.a;
+                }
+            }
+            if constexpr (kLayout != Layout::kInTurn) ptx::stmatrix_x4(h_at + at, h_words);
+            if constexpr (kLayout == Layout::kHalves) ptx::stmatrix_x4(h_at + kPartBytes + at, up_words);
+            ptx::stmatrix_x4(a_at + at, a_words);
+        }
+    }
+
     template <typename Take, typename Give>
     __device__ __forceinline__ void finish(const Tile& tile, int first, int rows, float (&acc)[kTileN / 2],
                                            unsigned char* stages, Take take, Give give_back) {
-        const RowsOut dh{&args.dh, args.dh_data, 2 * args.inner, args.inner};
+        const int width = args.inner * kRatioOf<kLayout>;
+        const RowsOut dh{&args.dh, args.dh_data, width, width / kPartsOf<kLayout>};
         const RowsOut a_out{&args.a, args.a_data, args.inner, args.inner};
         const float s[2] = {to_float(weight[0]), to_float(weight[1])};
         float d_s[2] = {0.0f, 0.0f};
@@ -93,44 +173,19 @@ struct DActivation : EpilogueDefaults {
 #pragma unroll
         for (int c = 0; c < kChunks; ++c) {
             const int stage = take();
-            unsigned char* gate_chunk = stages + stage * kStageBytes + consumer * kChunkBytes;
-            unsigned char* up_chunk = gate_chunk + kPartBytes;
-            unsigned char* a_chunk = up_chunk + kPartBytes;
-            const uint32_t gate_at = ptx::shared_address(gate_chunk), up_at = gate_at + kPartBytes;
-            const uint32_t a_at = up_at + kPartBytes;
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {  // 16 columns
-                const uint32_t at = swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), 2 * q + (lane >> 4));
-                uint32_t gate_words[4], up_words[4], a_words[4];
-                ptx::ldmatrix_x4(gate_at + at, gate_words);
-                ptx::ldmatrix_x4(up_at + at, up_words);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {  // words 0, 2: upper rows; 1, 3: eight below
-                    constexpr const T* kType = nullptr;
-                    const float2 gate = to_float2(gate_words[i], kType), up = to_float2(up_words[i], kType);
-                    const float* d_a = acc + 32 * c + 8 * q + 2 * i;
-                    const float scale = s[i & 1];
-                    float f0, df0, f1, df1;
-                    silu_and_derivative(gate.x, f0, df0);
-                    silu_and_derivative(gate.y, f1, df1);
-                    const float a0 = f0 * up.x, a1 = f1 * up.y;
-                    const float scaled0 = d_a[0] * scale, scaled1 = d_a[1] * scale;
-                    d_s[i & 1] += d_a[0] * a0 + d_a[1] * a1;
-                    gate_words[i] = from_floats(scaled0 * up.x * df0, scaled1 * up.y * df1, kType);
-                    up_words[i] = from_floats(scaled0 * f0, scaled1 * f1, kType);
-                    a_words[i] = from_floats(a0 * scale, a1 * scale, kType);
-                }
-                ptx::stmatrix_x4(gate_at + at, gate_words);
-                ptx::stmatrix_x4(up_at + at, up_words);
-                ptx::stmatrix_x4(a_at + at, a_words);
-            }
+            unsigned char* h_chunk = stages + stage * kStageBytes + consumer * kChunkBytes;
+            backward_chunk(h_chunk, acc + 32 * c, s, d_s);
             ptx::fence_async_proxy();
             warpgroup_sync(consumer);
             const int n = tile.i_n() * kTileN + 64 * c;
             if (n < args.inner) {
-                send_chunk<T>(dh, gate_chunk, thread, first, rows, 0, n);
-                send_chunk<T>(dh, up_chunk, thread, first, rows, 1, n);
-                send_chunk<T>(a_out, a_chunk, thread, first, rows, 0, n);
+#pragma unroll
+                for (int part = 0; part < kHParts; ++part) {
+                    const int column = column_of_h(n, part);
+                    if (column >= dh.width) continue;
+                    send_chunk<T>(dh, h_chunk + part * kPartBytes, thread, first, rows, part_of_h(part), column);
+                }
+                send_chunk<T>(a_out, h_chunk + kHParts * kPartBytes, thread, first, rows, 0, n);
             }
             if (thread == 0) {
                 ptx::bulk_commit();
@@ -155,38 +210,52 @@ struct DActivation : EpilogueDefaults {
     }
 };
 
+template <typename T, Activation kActivation, Layout kLayout>
+void launch_d_activation(const DActivationArguments& a, const Plan& plan, const Launch& launch) {
+    using Epilogue = DActivation<T, kActivation, kLayout>;
+    constexpr int kParts = kPartsOf<kLayout>, kRatio = kRatioOf<kLayout>;
+    VarlenM p = varlen_m(plan, a.inner, kTileN, a.reduced);
+    p.rows = a.d_out;
+    p.row_stride = a.d_out_stride;
+    p.w = weights_map(a.w, plan.num_experts, a.along ? kHalfN : kTileK);
+    const typename Epilogue::Arguments args{rows_map(a.h, plan.num_rows, kParts, a.inner * kRatio / kParts),
+                                            rows_map(a.dh, plan.num_rows, kParts, a.inner * kRatio / kParts),
+                                            rows_map(a.a, plan.num_rows, 1, a.inner),
+                                            a.dh,
+                                            a.a,
+                                            a.partial,
+                                            a.weights,
+                                            a.weights_dtype,
+                                            static_cast<int>(a.inner),
+                                            a.activation.alpha,
+                                            a.activation.limit};
+    if (a.along) {
+        launch_varlen_m<T, true, false, 4, Epilogue>(p, args, launch);
+    } else {
+        launch_varlen_m<T, true, true, 4, Epilogue>(p, args, launch);
+    }
+}
+
 }  // namespace
 
 void d_activation(const DActivationArguments& a, const Plan& plan, const Launch& launch) {
     using T = __nv_bfloat16;
-    const Needs needs{DActivation<T>::kName};
+    const Needs needs{"d_activation"};
     require_rows_plan(needs, plan);
     needs.present("slots", plan.slots);
     needs.multiple("inner", a.inner, 8);
     needs.multiple("reduced", a.reduced, kTileK);  // gathered without a mask
     needs.rows("d_out", a.d_out, a.d_out_stride, plan.num_rows / plan.top_k, sizeof(T));
-    needs.weights(a.w, plan.num_experts, a.reduced, a.inner);
+    needs.weights(a.w, plan.num_experts, a.along ? a.inner : a.reduced, a.along ? a.reduced : a.inner);
     needs.aligned("h", a.h);
     needs.aligned("dh", a.dh);
     needs.aligned("a", a.a);
     needs.present("partial", a.partial);
     needs.present("weights", a.weights);
     require(a.weights_dtype != DType::kNone, needs.op, ": weights_dtype must be float32, bfloat16 or float16");
-
-    VarlenM p = varlen_m(plan, a.inner, kTileN, a.reduced);
-    p.rows = a.d_out;
-    p.row_stride = a.d_out_stride;
-    p.w = weights_map(a.w, plan.num_experts, kTileK);
-    const DActivation<T>::Arguments args{rows_map(a.h, plan.num_rows, 2, a.inner),
-                                         rows_map(a.dh, plan.num_rows, 2, a.inner),
-                                         rows_map(a.a, plan.num_rows, 1, a.inner),
-                                         a.dh,
-                                         a.a,
-                                         a.partial,
-                                         a.weights,
-                                         a.weights_dtype,
-                                         static_cast<int>(a.inner)};
-    launch_varlen_m<T, true, true, 4, DActivation<T>>(p, args, launch);
+    with_activation(needs.op, a.activation, [&](auto activation, auto layout) {
+        launch_d_activation<T, activation.value, layout.value>(a, plan, launch);
+    });
 }
 
 }  // namespace moe_kernels

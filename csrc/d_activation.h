@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "dtype.h"
 #include "launch.h"
 #include "plan.h"
@@ -10,17 +11,20 @@
 
 namespace moe_kernels {
 
+// N = 2I with a gate, else I.
 struct DActivationArguments {
-    void* dh;           // [R, 2I] contiguous, may be h
+    void* dh;           // [R, N] contiguous, may be h
     void* a;            // [R, I] contiguous: s * act(H)
     float* partial;     // [ceil(I / kTileN), T * K]: sums over the columns of a tile, by slot
-    const void* h;      // [R, 2I] contiguous
+    const void* h;      // [R, N] contiguous
     const void* d_out;  // [T, D]
     int64_t d_out_stride;
-    Weights w;            // [E, D, I]
+    Weights w;            // [E, D, I], or along: [E, I, D]
+    bool along;           // stored along the reduction
     const void* weights;  // [T, K] contiguous
     DType weights_dtype;
     int64_t inner, reduced;  // I, D
+    ActivationChoice activation;
 };
 
 void d_activation(const DActivationArguments& arguments, const Plan& plan, const Launch& launch);

@@ -172,24 +172,21 @@ __device__ __forceinline__ float total(const Partial& partial, int set, int row,
 // ---------------------------------------------------------------------------------------------------------------------
 // What the two products are: which weight rows a set holds, where a routed row's values are, what becomes of a sum
 
-__device__ __forceinline__ float activated(float gate, float up, const DecodeArguments& a) {
+__device__ __forceinline__ float activate(float gate, float up, const DecodeArguments& a) {
+    using A = Activation;
     switch (a.activation) {
-        case Activation::kSwiGLUOAI:
-            gate = at_most(gate, a.limit);
-            return gate * sigmoid(a.alpha * gate) * (within(up, a.limit) + 1.0f);
-        case Activation::kSwiGLUClampBefore: return silu(at_most(gate, a.limit)) * within(up, a.limit);
-        case Activation::kSwiGLUClampAfter: return at_most(silu(gate), a.limit) * within(up, a.limit);
-        case Activation::kSwiGLU:
-        case Activation::kSiLU: return silu(gate) * up;
-        case Activation::kGeGLU:
-        case Activation::kGELU: return gelu(gate) * up;
-        case Activation::kGeGLUTanh:
-        case Activation::kGELUTanh: return gelu_tanh(gate) * up;
-        default: return relu_squared(gate) * up;
+        case A::kSwiGLU: return activated<A::kSwiGLU>(gate, up, a.alpha, a.limit);
+        case A::kGeGLU: return activated<A::kGeGLU>(gate, up, a.alpha, a.limit);
+        case A::kGeGLUTanh: return activated<A::kGeGLUTanh>(gate, up, a.alpha, a.limit);
+        case A::kSwiGLUOAI: return activated<A::kSwiGLUOAI>(gate, up, a.alpha, a.limit);
+        case A::kSwiGLUClampBefore: return activated<A::kSwiGLUClampBefore>(gate, up, a.alpha, a.limit);
+        case A::kSwiGLUClampAfter: return activated<A::kSwiGLUClampAfter>(gate, up, a.alpha, a.limit);
+        case A::kSiLU: return activated<A::kSiLU>(gate, up, a.alpha, a.limit);
+        case A::kGELU: return activated<A::kGELU>(gate, up, a.alpha, a.limit);
+        case A::kGELUTanh: return activated<A::kGELUTanh>(gate, up, a.alpha, a.limit);
+        default: return activated<A::kReLU2>(gate, up, a.alpha, a.limit);
     }
 }
-
-constexpr bool is_gated(Activation activation) { return activation <= Activation::kSwiGLUClampAfter; }
 
 template <typename T, bool kGated>
 struct GateUp {
@@ -225,7 +222,7 @@ struct GateUp {
             gate = total(partial, column / kSetRows, column % kSetRows, token);
             gate += has_bias ? static_cast<float>(bias[first + column]) : 0;
         }
-        const float value = activated(gate, up, a);
+        const float value = activate(gate, up, a);
         static_cast<T*>(a.a)[static_cast<int64_t>(row) * a.inner + first + column] = static_cast<T>(value);
     }
 };

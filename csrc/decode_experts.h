@@ -5,23 +5,11 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "dtype.h"
 #include "weights.h"
 
 namespace moe_kernels {
-
-enum class Activation : int {
-    kSwiGLU = 0,
-    kGeGLU,
-    kGeGLUTanh,
-    kSwiGLUOAI,
-    kSwiGLUClampBefore,
-    kSwiGLUClampAfter,
-    kSiLU,
-    kGELU,
-    kGELUTanh,
-    kReLU2
-};
 
 constexpr int kMostDecodeRows = 2048;  // R: an expert's rows are listed in shared memory
 

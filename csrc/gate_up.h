@@ -3,19 +3,24 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "launch.h"
 #include "plan.h"
 #include "weights.h"
 
 namespace moe_kernels {
 
+// N = 2I with a gate, else I.
 struct GateUpArguments {
-    void* h;        // [R, 2I] contiguous, or null
+    void* h;        // [R, N] contiguous, or null
     void* a;        // [R, I] contiguous, or null
     const void* x;  // [T, D]
     int64_t x_stride;
-    Weights w;               // [E, 2I, D], gate rows before up rows
+    Weights w;               // [E, N, D], or across: [E, D, N]; gate before up, or in turn
+    bool across;             // stored across the reduction
+    const void* bias;        // [E, N] contiguous, or null
     int64_t inner, reduced;  // I, D
+    ActivationChoice activation;
 };
 
 void gate_up(const GateUpArguments& arguments, const Plan& plan, const Launch& launch);

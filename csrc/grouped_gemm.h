@@ -13,8 +13,10 @@ struct GroupedGemmArguments {
     void* y;        // [R, N] contiguous
     const void* a;  // [R, C]
     int64_t a_stride;
-    Weights w;               // [E, N, C], or [E, C, N] if across
-    bool across;             // the reduction runs across W's rows
+    Weights w;         // [E, N, C], or [E, C, N] if across
+    bool across;       // the reduction runs across W's rows
+    const void* bias;  // [E, N], or null
+    int64_t bias_stride;
     int64_t width, reduced;  // N, C
 };
 

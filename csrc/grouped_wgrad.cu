@@ -1,4 +1,4 @@
-// grouped_wgrad: dW[e] = sum over the rows r of expert e of lhs(r)^T . rhs(r), one side gathered by token.
+// grouped_wgrad: dW[e] = sum over the rows r of expert e of lhs(r)^T . rhs(r), one side gathered by token or none.
 //
 //     lhs [R or T, M], rhs [R or T, N] -> dW [E, M, N]
 //
@@ -9,7 +9,8 @@
 // those in this orientation. Where the gathered side is rhs the accumulator is dW transposed, and is turned on its way
 // to shared memory. In an expert's last, ragged step both sides come by cp.async, which puts zeros in place of rows
 // past the end: those belong to the next expert, or to nobody and may hold anything. An expert without rows takes one
-// step of zeros. One block adds up a tile from first row to last, so the sum has one order.
+// step of zeros. One block adds up a tile from first row to last, so the sum has one order. Where nothing is gathered,
+// one side comes as a gathered one would, row r for row r.
 
 #include <limits>
 #include <type_traits>
@@ -33,8 +34,8 @@ struct Wgrad {
     int gathered_stride, contiguous_stride;  // elements
     int gathered_width, contiguous_width, m, n;
     const int* offsets;
-    const int* slots;
-    Divisor top_k;
+    const int* slots;                         // null: the gathered side's row is the row itself
+    Divisor top_k;                            // then 1
     int num_experts, num_pairs, num_columns;  // pairs of gathered tiles, contiguous tiles
     int* counter;                             // of tiles drawn, zero before the launch
 };
@@ -172,7 +173,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
         const T* contiguous = static_cast<const T*>(p.contiguous) + wide.column();
         // The slot of this lane's row of the step that begins at `row`; a row past the end repeats the last one.
         auto slot_of = [&](const WgradTile& of, int row) {
-            return of.begin < of.end ? __ldg(p.slots + min(row + kept_narrow, of.end - 1)) : 0;
+            if (of.begin >= of.end) return 0;
+            const int mine = min(row + kept_narrow, of.end - 1);
+            return p.slots == nullptr ? mine : __ldg(p.slots + mine);
         };
         WgradTile tile = tiles.wait(0);
         int slot = slot_of(tile, tile.begin);
@@ -288,10 +291,10 @@ void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launc
     const int64_t contiguous_stride = a.gather_lhs ? a.rhs_stride : a.lhs_stride;
     const Needs needs{kName};
     needs.plan(plan);
-    needs.present("slots", plan.slots);
     needs.multiple("m", a.m, 8);
     needs.multiple("n", a.n, 8);
-    const int64_t tokens = plan.num_rows / plan.top_k;
+    const int top_k = plan.slots == nullptr ? 1 : plan.top_k;
+    const int64_t tokens = plan.num_rows / top_k;
     const int64_t lhs_rows = a.gather_lhs ? tokens : plan.num_rows, rhs_rows = a.gather_lhs ? plan.num_rows : tokens;
     needs.rows("lhs", a.lhs, a.lhs_stride, lhs_rows, sizeof(T));
     needs.rows("rhs", a.rhs, a.rhs_stride, rhs_rows, sizeof(T));
@@ -315,7 +318,7 @@ void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launc
     p.dw = make_tensor_map({a.dw, a.n, a.m, plan.num_experts, a.n, a.m * a.n, kRows, 1}, a.dw_dtype);
     p.offsets = plan.offsets;
     p.slots = plan.slots;
-    p.top_k = divisor(plan.top_k);
+    p.top_k = divisor(top_k);
     p.m = static_cast<int>(a.m);
     p.n = static_cast<int>(a.n);
     p.num_experts = plan.num_experts;

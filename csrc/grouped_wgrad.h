@@ -12,7 +12,7 @@ namespace moe_kernels {
 struct GroupedWgradArguments {
     void* dw;         // [E, M, N] contiguous
     DType dw_dtype;   // bfloat16 or float32
-    const void* lhs;  // [R, M], or [T, M] if gathered
+    const void* lhs;  // [R, M], or [T, M] if gathered; without slots in the plan neither side is
     const void* rhs;  // [R, N], or [T, N] if gathered
     int64_t lhs_stride, rhs_stride;
     int64_t m, n;

@@ -17,6 +17,8 @@ import torch
 from moe_kernels import backends
 from moe_kernels.backends.cuda import _extension
 from moe_kernels.backends.cuda import d_activation as cuda_d_activation
+from moe_kernels.backends.cuda import grouped_gemm as cuda_grouped_gemm
+from moe_kernels.ops._contract import ACTIVATIONS
 
 ROOT = Path(__file__).parents[1]
 CSRC = ROOT / "csrc"
@@ -93,8 +95,10 @@ def extension(monkeypatch):
         TILE_N = 256
         Plan = Weights = SimpleNamespace
 
+    Extension.ACTIVATIONS = {"swiglu": (0, True)}
+
     def forget():
-        for function in (_extension.unavailable, _extension.dtype_codes):
+        for function in (_extension.unavailable, _extension.dtype_codes, _extension._activations):
             function.cache_clear()
 
     monkeypatch.setattr(_extension, "_load", lambda: Extension)
@@ -173,8 +177,7 @@ HOPPER = backends.Problem(torch.device("cuda"), torch.bfloat16, (128, 72), block
         ((10, 0), {}, "is for Hopper"),
         ((9, 0), {"dtype": torch.float16}, "takes bfloat16, not float16"),
         ((9, 0), {"block_m": 64}, "the plan has 64"),
-        ((9, 0), {"traits": ("bias", "activation geglu")}, "has no bias, activation geglu"),
-        ((9, 0), {"traits": ("interleaved gate_up",)}, "has no interleaved gate_up"),
+        ((9, 0), {"traits": ("float64 result", "another trait")}, "has no float64 result, another trait"),
         ((9, 0), {"dims": (72, 128)}, "multiple of 64, not 72"),
     ],
 )
@@ -185,6 +188,23 @@ def test_what_the_hopper_kernels_take(extension, monkeypatch, op, capability, ch
     if "dims" in change and op not in ("gate_up", "d_activation"):
         reason = None  # nothing is gathered, or a mask is at hand
     assert found is None if reason is None else reason in found
+
+
+def test_more_that_the_products_of_rows_take(extension, monkeypatch):
+    monkeypatch.setattr("moe_kernels.backends.cuda._device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    taken = {
+        "grouped_gemm": ("bias", "transposed weights"),
+        "grouped_wgrad": ("gather none", "row sums", "float32 result"),
+        "gate_up": ("bias", "interleaved gate_up", "transposed weights"),
+        "d_activation": ("interleaved gate_up", "transposed weights"),
+    }
+    for op in ("gate_up", "d_activation"):
+        taken[op] += tuple(f"activation {name}" for name in ACTIVATIONS if name != "swiglu")
+    for op, traits in taken.items():
+        assert backends.why_not("cuda", op, HOPPER._replace(traits=traits)) is None
+    sums_alone = HOPPER._replace(dims=(72,), traits=("gather none", "row sums"))
+    assert backends.why_not("cuda", "grouped_wgrad", sums_alone) is None
 
 
 def test_built_without_the_hopper_kernels(extension, monkeypatch):
@@ -230,6 +250,20 @@ def test_d_activation_over_h_wherever_it_lies(extension, monkeypatch, offset, in
     assert (memory[:offset] == 1).all() and (memory[offset - 16 :] == 1).all()
 
 
+@pytest.mark.parametrize("trans_w", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_grouped_gemm_reads_weights_as_they_lie(extension, monkeypatch, transposed, trans_w):
+    launched = {}
+    monkeypatch.setattr(cuda_grouped_gemm, "launch_sm90", lambda *_, **arguments: launched.update(arguments))
+    w = torch.empty((3, 8, 16) if trans_w != transposed else (3, 16, 8))
+    given = w.mT if transposed else w  # [E, 8, 16] = [E, N, C] with trans_w, else [E, 16, 8] = [E, C, N]
+    index = torch.zeros(2, 1, dtype=torch.int32)
+    y = cuda_grouped_gemm.grouped_gemm(torch.empty(5, 16), given, torch.empty(3, 8), index[:, 0], index, 128, trans_w)
+    assert y.shape == (5, 8)
+    assert launched["w"].data == w.data_ptr() and (launched["w"].rows, launched["w"].columns) == w.shape[1:]
+    assert launched["across"] is (trans_w == transposed)  # the reduction, 16, runs across the rows that lie in memory
+
+
 def calls(c) -> dict[str, dict]:
     """Arguments that every entry point of the Hopper kernels takes, but for a counter: nothing is launched."""
     at, many = 1 << 20, {"num_sms": 132, "counter": 0, "stream": 0}
@@ -239,19 +273,27 @@ def calls(c) -> dict[str, dict]:
         return {"data": at, "rows": rows, "columns": columns, "row_stride": columns, "expert_stride": rows * columns}
 
     down = {"inner": 72, "reduced": 128, "plan": plan, **many}
+    activation = {"activation": 0, "alpha": 0.0, "limit": 0.0, "interleaved": False}
     return {
-        "gate_up": {"h": at, "a": at, "x": at, "x_stride": 128, "w": weights(144, 128), **down},
+        "gate_up": {
+            **{"h": at, "a": at, "x": at, "x_stride": 128, "w": weights(144, 128), "across": False, "bias": at},
+            **{**activation, **down},
+        },
         "grouped_gemm": {
             **{"y": at, "a": at, "a_stride": 72, "w": weights(128, 72), "across": False, "width": 128, "reduced": 72},
-            **{"plan": plan, **many},
+            **{"bias": at, "bias_stride": 128, "plan": plan, **many},
         },
         "d_activation": {
             **{"dh": at, "a": at, "partial": at, "h": at, "d_out": at, "d_out_stride": 128, "w": weights(128, 72)},
-            **{"weights": at, "weights_dtype": c.FLOAT32, **down},
+            **{"along": False, "weights": at, "weights_dtype": c.FLOAT32, **activation, **down},
         },
         "grouped_wgrad": {
             **{"dw": at, "dw_dtype": c.BFLOAT16, "lhs": at, "lhs_stride": 128, "rhs": at, "rhs_stride": 72},
             **{"m": 128, "n": 72, "gather_lhs": True, "plan": plan, **many},
+        },
+        "row_sums": {
+            **{"sums": at, "sums_dtype": c.FLOAT32, "rows": at, "row_stride": 128, "width": 128, "workspace": at},
+            **{"plan": plan, "stream": 0},
         },
     }
 
@@ -270,14 +312,24 @@ def calls(c) -> dict[str, dict]:
         ("gate_up", {"plan": {"top_k": 0}}, "num_rows must be a positive multiple of top_k, got 12 and 0"),
         ("gate_up", {"plan": {"top_k": 5}}, "num_rows must be a positive multiple of top_k, got 12 and 5"),
         ("gate_up", {"w": {"rows": 72}}, "w must be [E, 144, 128], got [E, 72, 128]"),
+        ("gate_up", {"across": True}, "w must be [E, 128, 144], got [E, 144, 128]"),
+        ("gate_up", {"bias": 4}, "bias must start at a multiple of 16 bytes"),
+        ("gate_up", {"activation": 9}, "w must be [E, 72, 128], got [E, 144, 128]"),
+        ("gate_up", {"activation": 9, "interleaved": True, "w": {"rows": 72}}, "interleaved needs a gated activation"),
+        ("gate_up", {"activation": 10, "w": {"rows": 72}}, "no activation 10"),
         ("grouped_gemm", {"reduced": 76}, "reduced must be a positive multiple of 8 below 2**30, got 76"),
         ("grouped_gemm", {"width": 0}, "width must be a positive multiple of 8 below 2**30, got 0"),
         ("grouped_gemm", {"across": True}, "w must be [E, 72, 128], got [E, 128, 72]"),
         ("grouped_gemm", {"w": {"expert_stride": 3}}, "w must have rows that start at multiples of 16 bytes"),
+        ("grouped_gemm", {"bias": 4}, "bias must start at a multiple of 16 bytes"),
+        ("grouped_gemm", {"bias_stride": 12}, "bias must have rows that start at multiples of 16 bytes"),
         ("grouped_gemm", {"plan": {"tiles": 0}}, "tiles must not be null"),
         ("grouped_gemm", {"plan": {"num_experts": 0}}, "num_experts must be positive, got 0"),
         ("d_activation", {"reduced": 136}, "reduced must be a positive multiple of 64 below 2**30, got 136"),
         ("d_activation", {"h": 2}, "h must start at a multiple of 16 bytes"),
+        ("d_activation", {"along": True}, "w must be [E, 72, 128], got [E, 128, 72]"),
+        ("d_activation", {"activation": 6, "interleaved": True}, "interleaved needs a gated activation"),
+        ("d_activation", {"activation": -1}, "no activation -1"),
         ("d_activation", {"partial": 0}, "partial must not be null"),
         ("d_activation", {"weights_dtype": 0}, "weights_dtype must be float32, bfloat16 or float16"),
         ("grouped_wgrad", {"m": 12}, "m must be a positive multiple of 8 below 2**30, got 12"),
@@ -285,6 +337,13 @@ def calls(c) -> dict[str, dict]:
         ("grouped_wgrad", {"lhs_stride": 2**31}, "rows less than 2**31 elements apart"),
         ("grouped_wgrad", {"n": 2**23}, "m and n must be at most 2**22, got 128 and 8388608"),
         ("grouped_wgrad", {"plan": {"offsets": 0}}, "offsets must not be null"),
+        ("row_sums", {"width": 12}, "width must be a positive multiple of 8 below 2**30, got 12"),
+        ("row_sums", {"rows": 8}, "rows must start at a multiple of 16 bytes"),
+        ("row_sums", {"row_stride": 4}, "rows must have rows that start at multiples of 16 bytes, its stride is 4"),
+        ("row_sums", {"sums": 0}, "sums must not be null"),
+        ("row_sums", {"workspace": 0}, "workspace must not be null"),
+        ("row_sums", {"sums_dtype": 3}, "sums_dtype must be bfloat16 or float32"),
+        ("row_sums", {"plan": {"offsets": 0}}, "offsets must not be null"),
     ],
 )
 def test_entry_points_check_what_they_rely_on(op, change, message):

@@ -32,6 +32,20 @@ __device__ __forceinline__ void through_staging(int consumer, int thread, Write 
     if (thread == 0) ptx::bulk_commit();
 }
 
+// Columns 2 * lane and the next of a chunk's bias, to all of its rows: 32 accumulators of the warp's lanes.
+template <typename T>
+__device__ __forceinline__ void add_bias(float* values, uint32_t pair, int lane) {
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {  // a thread's accumulators are of columns 8j + 2 * (lane % 4) and the next
+        const uint32_t word = __shfl_sync(kFullWarp, pair, 4 * j + lane % 4);
+        const float2 bias = to_float2(word, static_cast<const T*>(nullptr));
+        values[4 * j] += bias.x;
+        values[4 * j + 1] += bias.y;
+        values[4 * j + 2] += bias.x;
+        values[4 * j + 3] += bias.y;
+    }
+}
+
 // Pairs of 16-bit results from 32 accumulators (8 groups of 8 columns) into a chunk.
 template <typename T>
 __device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, const float* values) {

@@ -35,12 +35,11 @@ class _GroupedGemm(torch.autograd.Function):
 
 
 def row_sums(rows_RN: Tensor, plan: RoutingPlan, dtype: torch.dtype) -> Tensor:
-    """[E, N]: the sum of each expert's rows, as a product with a column of ones (eight, the narrowest)."""
-    ones = rows_RN.new_ones(rows_RN.shape[0], 8)
-    sums, _ = torch.ops.moe_kernels.grouped_wgrad(
-        rows_RN, ones, plan.offsets_E1, plan.slots_R, plan.top_k, "none", False, dtype
-    )
-    return sums[..., 0].contiguous()
+    """[E, N]: the sum of each expert's rows."""
+    nothing = rows_RN[:, :0]
+    return torch.ops.moe_kernels.grouped_wgrad(
+        rows_RN, nothing, plan.offsets_E1, plan.slots_R, plan.top_k, "none", True, dtype
+    )[1]
 
 
 def _product(a_RC, w, bias_EN, plan, trans_w):

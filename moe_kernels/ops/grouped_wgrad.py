@@ -1,8 +1,8 @@
 """grouped_wgrad: dW[e] = sum over the rows r of expert e of lhs(r)^T . rhs(r), and optionally db[e] = sum of lhs(r).
 
 At most one side is gathered: ``gather`` "lhs" or "rhs" reads row slots[r] // top_k of that tensor ([T, .]), "none"
-reads row r of both ([R, .]). Experts without rows get zeros. Products accumulate in fp32 in a fixed order and are
-rounded once to ``out_dtype``.
+reads row r of both ([R, .]). ``rhs`` of width 0: only the sums are wanted. Experts without rows get zeros. Products and
+sums accumulate in fp32 in a fixed order and are rounded once to ``out_dtype``.
 """
 
 from moe_kernels.backends import Problem
@@ -42,7 +42,8 @@ def _problem(lhs, rhs, offsets_E1, slots_R, top_k, gather, sum_lhs, out_dtype):
     result = str(out_dtype).removeprefix("torch.")
     asked = {"gather none": gather == "none", "row sums": sum_lhs, f"{result} result": out_dtype != lhs.dtype}
     traits = tuple(name for name, is_asked in asked.items() if is_asked)
-    return Problem(lhs.device, lhs.dtype, (lhs.shape[1], rhs.shape[1]), traits=traits)
+    m, n = lhs.shape[1], rhs.shape[1]
+    return Problem(lhs.device, lhs.dtype, (m, n) if n else (m,), traits=traits)
 
 
 define(

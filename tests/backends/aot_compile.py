@@ -163,7 +163,7 @@ def variants(op: str, capability: tuple[int, int], every_row: bool) -> list[Vari
     if op in ("permute", "unpermute", "combine"):
         return [Variant(dtype, 0) for dtype in (bf16, torch.float16, torch.float32)]
     if op.startswith("topk_route"):
-        names = ROUTERS if every_row else ("deepseek-v3", "everything")
+        names = ROUTERS if every_row else ("deepseek-v3", "nemotron-3", "everything")
         return [Variant(dtype, 0, frozenset({name})) for name in names for dtype in (bf16, torch.float32)]
     if op == "grouped_wgrad":
         sides = [Variant(bf16, 0, frozenset({side})) for side in ("lhs", "rhs")]

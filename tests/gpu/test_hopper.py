@@ -29,22 +29,24 @@ def forced():
         yield
 
 
-def products(p: Problem) -> dict:
+def products(p: Problem, bias: bool = False) -> dict:
     """The six products of a layer, as named results."""
     offsets, slots, _, tiles, block_m = p.plan
-    K = p.case.K
-    h, a = ops.gate_up(p.x, p.w_gate_up, None, offsets, slots, tiles, block_m, K, "swiglu", True, True)
+    K, activation, options = p.case.K, p.case.activation, p.case.options
+    rest = (offsets, slots, tiles, block_m, K, activation, True, True, *options)
+    h, a = ops.gate_up(p.x, p.w_gate_up, p.bias_gate_up if bias else None, *rest)
     down = ops.grouped_gemm(p.a, p.w_down, None, offsets, tiles, block_m, True)
     dx = ops.grouped_gemm(p.h, p.w_gate_up, None, offsets, tiles, block_m, False)
-    dh, a_scaled, d_s = ops.d_activation(p.d_out, p.w_down, p.h, p.weights, offsets, slots, tiles, block_m, "swiglu")
+    rest = (offsets, slots, tiles, block_m, activation, *options)
+    dh, a_scaled, d_s = ops.d_activation(p.d_out, p.w_down, p.h, p.weights, *rest)
     dw_gate_up, _ = ops.grouped_wgrad(p.h, p.x, offsets, slots, K, "rhs", False, BF16)
     dw_down, _ = ops.grouped_wgrad(p.d_out, p.a, offsets, slots, K, "lhs", False, BF16)
     rows = {"H": h, "A": a, "Y": down, "dX": dx, "dH": dh, "A'": a_scaled}
     return {name: t[: p.kept] for name, t in rows.items()} | {"dS": d_s, "dW_gate_up": dw_gate_up, "dW_down": dw_down}
 
 
-def formulas(p: Problem, x, d_out, w_gate_up, w_down, h, a, weights) -> dict:
-    h_out, a_out = helpers.gate_up(p, x, w_gate_up, None)
+def formulas(p: Problem, x, d_out, w_gate_up, w_down, h, a, weights, bias) -> dict:
+    h_out, a_out = helpers.gate_up(p, x, w_gate_up, bias)
     dh, a_scaled, d_s = helpers.d_activation(p, d_out, w_down, h, weights)
     return {
         "H": h_out,
@@ -59,10 +61,12 @@ def formulas(p: Problem, x, d_out, w_gate_up, w_down, h, a, weights) -> dict:
     }
 
 
-def check(case: Case) -> None:
+def check(case: Case, transposed: bool = False, bias: bool = False) -> None:
     p = Problem(case, "cuda", BF16)
-    inputs = (p.x, p.d_out, p.w_gate_up, p.w_down, p.h, p.a, p.weights)
-    ours, truth, plain = products(p), formulas(p, *helpers.doubled(*inputs)), formulas(p, *inputs)
+    if transposed:
+        p.w_gate_up, p.w_down = p.w_gate_up.mT.contiguous().mT, p.w_down.mT.contiguous().mT
+    inputs = (p.x, p.d_out, p.w_gate_up, p.w_down, p.h, p.a, p.weights, p.bias_gate_up if bias else None)
+    ours, truth, plain = products(p, bias), formulas(p, *helpers.doubled(*inputs)), formulas(p, *inputs)
     for name, result in ours.items():
         # dS is stored in fp32 but comes from products of half-precision data: compare it in the dtype of the data
         assert_close(result.to(BF16), truth[name], plain[name], name)
@@ -88,6 +92,37 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case, poison):
     check(case)
+
+
+#: Widths of whole steps of 64, not of whole tiles; experts of any number of rows, and of none; what a small tile hides.
+FAMILY_SIZES = [
+    Case(600, 2, 8, 128, 192, routing="empty", block_m=128),
+    Case(500, 3, 5, 192, 320, routing="sentinels", block_m=128),
+    Case(300, 2, 3, 64, 8, block_m=128),
+]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-is", "transposed"])
+@pytest.mark.parametrize("activation,interleaved", helpers.LAYOUTS)
+@pytest.mark.parametrize("case", FAMILY_SIZES, ids=str)
+def test_layouts_and_activations(case, activation, interleaved, transposed, bias, poison):
+    check(case._replace(activation=activation, interleaved=interleaved), transposed, bias)
+
+
+@pytest.mark.parametrize(
+    "case,transposed,bias",
+    [
+        (Case(1500, 4, 8, 2880, 2880, "swiglu_oai", block_m=128, interleaved=True), True, True),  # gpt-oss
+        (Case(1500, 6, 16, 2688, 1856, "relu2", block_m=128), False, False),  # Nemotron-3 Nano
+        (Case(1500, 8, 16, 1024, 2688, "relu2", block_m=128), False, False),  # Nemotron-3 Super, latent
+        (Case(1500, 4, 8, 2048, 2048, "swiglu_clamp_before", block_m=128), False, False),
+        (Case(1500, 1, 8, 5120, 1024, block_m=128), True, False),  # Llama 4
+    ],
+    ids=str,
+)
+def test_families(case, transposed, bias, poison):
+    check(case, transposed, bias)
 
 
 #: About twenty tiles a cluster, most of one step: the ring of eight published tiles goes round while others draw.
@@ -117,7 +152,9 @@ def test_random_problems(seed, poison):
         routing=r.choice(ROUTINGS),
         block_m=128,
     )
-    check(case)
+    activation, interleaved = r.choice(helpers.LAYOUTS)
+    case = case._replace(activation=activation, interleaved=interleaved)
+    check(case, transposed=r.random() < 0.5, bias=r.random() < 0.5)
 
 
 @pytest.mark.parametrize("case", [CASES[4], CASES[5], CASES[8]], ids=str)
@@ -131,6 +168,72 @@ def test_float32_weight_gradients(case, poison):
         assert_close(dw, helpers.grouped_wgrad(p, *helpers.doubled(*rows))[0], what=gather)
 
 
+WIDE = Case(500, 4, 5, 2880, 960, block_m=128)  # gpt-oss: a last column tile of 64
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-is", "transposed"])
+@pytest.mark.parametrize("trans_w", [True, False], ids=["w-ENC", "w-ECN"])
+@pytest.mark.parametrize("case", [*CASES, WIDE], ids=str)
+def test_rows_with_a_bias_by_weights_stored_either_way(case, trans_w, transposed, bias, poison):
+    p = Problem(case, "cuda", BF16)
+    w = p.w_down if trans_w else p.w_down.mT.contiguous()
+    w = w.mT.contiguous().mT if transposed else w
+    b = p.bias_down if bias else None
+    y = ops.grouped_gemm(p.a, w, b, p.plan.offsets_E1, p.plan.tiles_2M, p.plan.block_m, trans_w)
+    truth = helpers.grouped_gemm(p, *helpers.doubled(p.a, w, b), trans_w)
+    assert_close(y[: p.kept], truth, helpers.grouped_gemm(p, p.a, w, b, trans_w))
+
+
+def test_a_bias_that_is_not_aligned_or_a_slice():
+    p = Problem(Case(200, 2, 3, 520, 136, block_m=128), "cuda", BF16)
+    plan = p.plan.offsets_E1, p.plan.tiles_2M, p.plan.block_m
+    expected = ops.grouped_gemm(p.a, p.w_down, p.bias_down, *plan, True)[: p.kept]
+    wide = torch.full((3, 600), torch.nan, device="cuda", dtype=BF16)
+    for start in (3, 8):
+        wide[:, start : start + 520] = p.bias_down
+        y = ops.grouped_gemm(p.a, p.w_down, wide[:, start : start + 520], *plan, True)
+        assert bitwise_equal(y[: p.kept], expected)
+    for columns in (slice(256, 512), slice(512, 520), slice(64, 328)):
+        y = ops.grouped_gemm(p.a, p.w_down[:, columns], p.bias_down[:, columns], *plan, True)
+        assert bitwise_equal(y[: p.kept], expected[:, columns].contiguous())
+    y = ops.grouped_gemm(p.a, p.w_down, p.bias_down[:1].expand(3, 520), *plan, True)
+    same = ops.grouped_gemm(p.a, p.w_down, p.bias_down[:1].repeat(3, 1), *plan, True)
+    assert bitwise_equal(y[: p.kept], same[: p.kept])
+
+
+#: Chunks of 256 rows: experts that end in one, share one, own many; more experts than a block has threads.
+SUMS = [
+    *CASES,
+    WIDE,
+    Case(256, 1, 1, 64, 64, block_m=128),
+    Case(257, 1, 1, 64, 264, block_m=128),
+    Case(40000, 2, 8, 264, 64, routing="all_to_one", block_m=128),
+    Case(3000, 2, 1000, 64, 72, block_m=128),
+    Case(3000, 2, 600, 64, 72, routing="empty", block_m=128),
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("gather", ["none", "lhs", "rhs"])
+@pytest.mark.parametrize("case", SUMS, ids=str)
+def test_weight_gradients_with_row_sums(case, gather, dtype, poison):
+    p = Problem(case, "cuda", BF16)
+    lhs, rhs = {"none": (p.y, p.a), "lhs": (p.d_out, p.a), "rhs": (p.h, p.x)}[gather]
+    rest = (*p.plan[:2], case.K, gather, True, dtype)
+    found = ops.grouped_wgrad(lhs, rhs, *rest)
+    rows = lhs[p.token_r] if gather == "lhs" else lhs, rhs[p.token_r] if gather == "rhs" else rhs
+    truth, plain = helpers.grouped_wgrad(p, *helpers.doubled(*rows)), helpers.grouped_wgrad(p, *rows)
+    assert found[0].dtype == found[1].dtype == dtype
+    # In bf16 also where it is fp32: tensor cores drop low bits of a sum over many rows
+    assert_close(found[0].to(BF16), truth[0], plain[0], "dW")
+    assert_close(found[1], truth[1], plain[1], "db")
+    alone = ops.grouped_wgrad(lhs, rhs[:, :0], *rest)[1]
+    again = ops.grouped_wgrad(lhs, rhs, *rest)
+    assert bitwise_equal(alone, found[1]), "the sums alone"
+    assert all(map(bitwise_equal, again, found)), "a rerun"
+
+
 def test_empty_experts_get_zeros(poison):
     p = Problem(Case(300, 2, 9, 128, 72, routing="empty", block_m=128), "cuda", BF16)
     empty = p.plan.tokens_per_expert_E == 0
@@ -139,7 +242,15 @@ def test_empty_experts_get_zeros(poison):
     assert (found["dW_gate_up"][empty] == 0).all() and (found["dW_down"][empty] == 0).all()
 
 
-@pytest.mark.parametrize("case", [CASES[5], CASES[6], CASES[12]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *[CASES[5], CASES[6], CASES[12]],
+        Case(2000, 4, 8, 192, 320, "swiglu_oai", block_m=128, interleaved=True),
+        Case(2000, 4, 8, 192, 320, "relu2", block_m=128),
+    ],
+    ids=str,
+)
 def test_reruns_are_bitwise_equal(case):
     """Blocks draw their tiles in an order that depends on timing; the results must not."""
     p = Problem(case, "cuda", BF16)
@@ -149,9 +260,10 @@ def test_reruns_are_bitwise_equal(case):
             assert bitwise_equal(result, expected[name]), name
 
 
-def test_over_h_gives_the_same_bits():
-    p = Problem(CASES[5], "cuda", BF16)
-    rest = (p.weights, *p.plan[:2], p.plan.tiles_2M, p.plan.block_m, "swiglu")
+@pytest.mark.parametrize("activation,interleaved", helpers.LAYOUTS)
+def test_over_h_gives_the_same_bits(activation, interleaved):
+    p = Problem(CASES[5]._replace(activation=activation, interleaved=interleaved), "cuda", BF16)
+    rest = (p.weights, *p.plan[:2], p.plan.tiles_2M, p.plan.block_m, activation, *p.case.options)
     dh, *apart = ops.d_activation(p.d_out, p.w_down, p.h, *rest)
     h = p.h.clone()
     over = ops.d_activation_(p.d_out, p.w_down, h, *rest)
@@ -200,6 +312,25 @@ def test_rows_and_slices_that_are_not_aligned():
     for columns in (slice(64, 128), slice(3, 67)):
         y = ops.grouped_gemm(p.a, p.w_down[:, columns], None, offsets, tiles, block_m, True)
         assert bitwise_equal(y[: p.kept], expected[:, columns].contiguous())
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-is", "transposed"])
+def test_biases_and_weights_that_are_not_aligned(transposed):
+    """A copy is made where they can't be read 16 bytes at a time; a bias that is expanded is made whole."""
+    p = Problem(Case(200, 2, 3, 128, 136, "swiglu_oai", block_m=128, interleaved=True), "cuda", BF16)
+    p.bias_gate_up = p.bias_gate_up[:1].expand_as(p.bias_gate_up)
+    expected = products(p, bias=True)
+    p.bias_gate_up = p.bias_gate_up.contiguous()
+    for name in ("w_gate_up", "w_down", "bias_gate_up"):
+        right = getattr(p, name)
+        stored = right.mT if transposed and right.dim() == 3 else right
+        wide = torch.full((*stored.shape[:-1], stored.shape[-1] + 11), torch.nan, device="cuda", dtype=BF16)
+        wide[..., 3:-8] = stored
+        setattr(p, name, wide[..., 3:-8].mT if stored is not right else wide[..., 3:-8])
+        assert torch.equal(getattr(p, name), right)
+    found = products(p, bias=True)
+    for name in ("H", "A", "dH", "A'", "dS"):
+        assert_close(found[name].to(BF16), expected[name].double(), expected[name].to(BF16), name)
 
 
 TENSORS = ("x", "d_out", "w_gate_up", "w_down", "h", "a")

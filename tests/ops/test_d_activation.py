@@ -24,6 +24,10 @@ CASES = [
 ]
 
 
+#: 64 rows a tile for Triton, 128 for Hopper's kernels too.
+BLOCK_M = pytest.mark.parametrize("block_m", [64, 128])
+
+
 def rest(p, weights=None):
     plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m)
     return (p.weights if weights is None else weights, *plan, p.case.activation, *p.case.options)
@@ -58,11 +62,23 @@ def test_activations(target, activation, interleaved):
     check(p, p.weights)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-is", "transposed"])
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
+def test_activations_of_large_tiles(target, activation, interleaved, transposed):
+    """Whole steps of 64 columns that end inside a tile of 256; experts of any number of rows, and of none."""
+    case = Case(90, 2, 8, 64, 320, activation, routing="empty", block_m=128, interleaved=interleaved)
+    p = Problem(case, target.device, target.dtype)
+    if transposed:
+        p.w_down = p.w_down.mT.contiguous().mT
+    check(p, p.weights)
+
+
+@BLOCK_M
 @pytest.mark.parametrize("interleaved", [False, True], ids=["concatenated", "interleaved"])
 @pytest.mark.parametrize("activation", NUMBERS)
-def test_at_and_beyond_the_limit(target, activation, interleaved):
+def test_at_and_beyond_the_limit(target, activation, interleaved, block_m):
     """As torch.clamp: the limit itself passes its gradient, what lies beyond gets none."""
-    case = Case(50, 2, 4, 64, 40, activation, interleaved=interleaved)
+    case = Case(50, 2, 4, 64, 40, activation, block_m=block_m, interleaved=interleaved)
     p = Problem(case, target.device, target.dtype)
     limit = NUMBERS[activation][1]
     p.h[: p.kept] = torch.where(p.h[: p.kept].abs() > limit, p.h[: p.kept].sign() * limit, p.h[: p.kept])
@@ -70,10 +86,11 @@ def test_at_and_beyond_the_limit(target, activation, interleaved):
     check(p, p.weights)
 
 
+@BLOCK_M
 @pytest.mark.parametrize("activation", NUMBERS)
-def test_nan_in_h(target, activation):
+def test_nan_in_h(target, activation, block_m):
     """Comes out in A', and as torch has it the clamps give it no gradient."""
-    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+    p = Problem(Case(50, 2, 4, 64, 40, activation, block_m=block_m), target.device, target.dtype)
     p.h[3, 5] = p.h[4, 45] = torch.nan
     dh, a_scaled, _ = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p))
     truth = helpers.d_activation(p, p.d_out, p.w_down, p.h, p.weights)
@@ -81,7 +98,16 @@ def test_nan_in_h(target, activation):
         assert torch.equal(ours[: p.kept].isnan(), torchs.isnan()), name
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[8], CASES[12]], ids=str)
+OVER_H = [
+    *[CASES[3], CASES[4], CASES[8], CASES[12]],
+    *(
+        Case(90, 2, 3, 64, 200, name, block_m=128, interleaved=turn)
+        for name, turn in (("relu2", False), ("swiglu_oai", True))
+    ),
+]
+
+
+@pytest.mark.parametrize("case", OVER_H, ids=str)
 def test_over_h_gives_the_same_bits(target, case):
     p = Problem(case, target.device, target.dtype)
     dh, *apart = torch.ops.moe_kernels.d_activation(p.d_out, p.w_down, p.h, *rest(p))

@@ -23,6 +23,10 @@ CASES = [
 ]
 
 
+#: 64 rows a tile for Triton, 128 for Hopper's kernels too.
+BLOCK_M = pytest.mark.parametrize("block_m", [64, 128])
+
+
 def run(p, x, w, bias, store_h=True, store_a=True):
     plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m, p.case.K)
     return torch.ops.moe_kernels.gate_up(x, w, bias, *plan, p.case.activation, store_h, store_a, *p.case.options)
@@ -51,9 +55,23 @@ def test_activations(target, activation, interleaved, bias):
     check(p, p.bias_gate_up if bias else None)
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-is", "transposed"])
+@pytest.mark.parametrize("activation,interleaved", LAYOUTS)
+def test_activations_of_large_tiles(target, activation, interleaved, transposed, bias):
+    """Whole steps of 64 columns that end inside a tile of 128 or 256; experts of any number of rows, and of none."""
+    case = Case(90, 2, 8, 64, 320, activation, routing="empty", block_m=128, interleaved=interleaved)
+    p = Problem(case, target.device, target.dtype)
+    if transposed:
+        p.w_gate_up = p.w_gate_up.mT.contiguous().mT
+    check(p, p.bias_gate_up if bias else None)
+
+
+@BLOCK_M
 @pytest.mark.parametrize("activation,interleaved", [("swiglu", False), ("silu", False), ("swiglu", True)])
-def test_an_output_nobody_reads_comes_back_empty(target, activation, interleaved):
-    p = Problem(Case(50, 2, 4, 64, 40, activation, interleaved=interleaved), target.device, target.dtype)
+def test_an_output_nobody_reads_comes_back_empty(target, activation, interleaved, block_m):
+    case = Case(50, 2, 4, 64, 40, activation, block_m=block_m, interleaved=interleaved)
+    p = Problem(case, target.device, target.dtype)
     h, a = run(p, p.x, p.w_gate_up, None)
     only_h, no_a = run(p, p.x, p.w_gate_up, None, store_a=False)
     no_h, only_a = run(p, p.x, p.w_gate_up, None, store_h=False)
@@ -84,10 +102,11 @@ def test_rerun_is_bitwise_equal(target):
         assert bitwise_equal(a[: p.kept], b[: p.kept])
 
 
+@BLOCK_M
 @pytest.mark.parametrize("activation", NUMBERS)
-def test_other_numbers_are_run_time_arguments(target, activation):
+def test_other_numbers_are_run_time_arguments(target, activation, block_m):
     """A limit that nothing reaches is no limit; with alpha 1 and none, OAI's is swiglu with up + 1."""
-    p = Problem(Case(50, 2, 4, 64, 40), target.device, target.dtype)
+    p = Problem(Case(50, 2, 4, 64, 40, block_m=block_m), target.device, target.dtype)
     plan = (p.plan.offsets_E1, p.plan.slots_R, p.plan.tiles_2M, p.plan.block_m, p.case.K)
     arguments = p.x, p.w_gate_up, p.bias_gate_up, *plan
     alpha = 1.0 if activation == "swiglu_oai" else None
@@ -99,9 +118,10 @@ def test_other_numbers_are_run_time_arguments(target, activation):
     assert helpers.relative_l2(a, swiglu) <= 4 * torch.finfo(target.dtype).eps
 
 
+@BLOCK_M
 @pytest.mark.parametrize("activation", [*NUMBERS, "swiglu", "relu2"])
-def test_nan_is_not_hidden(target, activation):
-    p = Problem(Case(50, 2, 4, 64, 40, activation), target.device, target.dtype)
+def test_nan_is_not_hidden(target, activation, block_m):
+    p = Problem(Case(50, 2, 4, 64, 40, activation, block_m=block_m), target.device, target.dtype)
     x = p.x.clone()
     x[7, 3] = torch.nan
     _, a = run(p, x, p.w_gate_up, None)

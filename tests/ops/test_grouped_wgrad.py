@@ -17,6 +17,7 @@ CASES = [
     Case(17, 2, 4, 40, 24, routing="all_dropped"),
     Case(100, 2, 4, 128, 72),
     Case(60, 2, 3, 264, 520),
+    Case(150, 2, 4, 320, 192),
 ]
 
 
@@ -67,6 +68,19 @@ def test_no_sum_comes_back_empty(target):
     dw, db = run(p, lhs, rhs, "lhs", sum_lhs=False)
     assert db.shape == (0, p.case.D)
     assert bitwise_equal(dw, run(p, lhs, rhs, "lhs")[0])
+
+
+@pytest.mark.parametrize("gather", ["none", "lhs", "rhs"])
+@pytest.mark.parametrize("case", [CASES[2], *CASES[4:8], CASES[10]], ids=str)
+def test_sums_alone(target, case, gather):
+    """A bias's gradient where nobody wants the weight's: an rhs without columns."""
+    p = Problem(case, target.device, target.dtype)
+    (lhs, rhs), rows = sides(p, gather)
+    dw, db = run(p, lhs, rhs[:, :0], gather)
+    assert dw.shape == (case.E, lhs.shape[1], 0) and dw.dtype == db.dtype == lhs.dtype
+    truth, plain = (helpers.grouped_wgrad(p, *r)[1] for r in (helpers.doubled(*rows), rows))
+    assert_close(db, truth, plain)
+    assert (db[p.plan.tokens_per_expert_E == 0] == 0).all()
 
 
 def test_strided_inputs(target):

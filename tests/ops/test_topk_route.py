@@ -252,7 +252,7 @@ def test_bias_and_groups(target, scoring, losers_zero):
         assert not torch.equal(indices.cpu(), naive_indices(choice, **groups | {"losers_zero": False}))
 
 
-@pytest.mark.parametrize("top_k,experts", [(32, 1024), (22, 512), (8, 256)])
+@pytest.mark.parametrize("top_k,experts", [(32, 1024), (22, 512), (14, 400), (8, 256)])
 def test_many_experts(target, top_k, experts):
     how = {"top_k": top_k, "scoring": "sigmoid", "renormalize": True, "epsilon": 1e-20, "scale": 2.5}
     logits = logits_of(7, experts, target).requires_grad_()
@@ -263,6 +263,58 @@ def test_many_experts(target, top_k, experts):
     assert torch.equal(indices.cpu(), best.indices[:, :top_k])
     how.pop("top_k")
     assert_close(weights.detach().cpu(), naive_weights(z, indices.cpu(), **how), what="weights")
+
+
+def hard_rows(E, K):
+    """Rows on which a choice by a threshold, a list of limited length or a few rounds could go wrong, by name."""
+    g = torch.Generator().manual_seed(E * K)
+    e = torch.arange(E, dtype=torch.float32)
+    random = torch.randn(E, generator=g)
+    best = torch.randperm(E, generator=g)[:K]
+    of_lane = (e % 128 < 4) | (e % 256 < 8)  # what one thread loads, of 4 bytes and of 2
+    one_lane = torch.where(of_lane, random.abs() + 4, random)
+    return {
+        "random": random,
+        "equal": torch.full((E,), -1.5),
+        "two values": (random > 0).float(),
+        "one better": torch.where(e == E - 1, 1.0, 0.0),
+        "K - 1 better": torch.where(e >= E - K + 1, e, 0.0),
+        "K better, equal": torch.zeros(E).index_fill(0, best, 1.0),
+        "many ties at the threshold": (random * 4).round() / 4,
+        "ties around the threshold": random.clamp(max=random.sort().values[-K // 2]),
+        "rising": e / 8,
+        "falling": -e / 8,
+        "in one lane": one_lane,
+        "one far off": random.index_fill(0, best[:1], 1e30),
+        "over all magnitudes": random.sign() * (random * 20).exp(),
+        "NaN": torch.full((E,), torch.nan),
+        "NaN but K - 1": torch.full((E,), torch.nan).index_copy(0, best[1:], random[best[1:]]),
+        "NaN but K": torch.full((E,), torch.nan).index_copy(0, best, random[best]),
+        "every other NaN": torch.where(e % 2 == 0, torch.nan, random),
+        "-inf but K - 1": torch.full((E,), -torch.inf).index_copy(0, best[1:], random[best[1:]]),
+        "-inf": torch.full((E,), -torch.inf),
+        "inf": torch.full((E,), torch.inf),
+        "K + 3 inf": random.index_fill(0, torch.randperm(E, generator=g)[: K + 3], torch.inf),
+        "inf, -inf and NaN": torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0]).repeat(E)[:E],
+        "signed zeros": torch.tensor([0.0, -0.0, -1.0]).repeat(E)[:E],
+    }
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("top_k,experts", [(22, 512), (13, 300), (11, 257), (22, 24), (32, 1024), (8, 9)])
+def test_hard_rows(target, top_k, experts, biased):
+    """Each among others in the same program of a kernel and, of many experts, alone in a program of four."""
+    rows = torch.stack(list(hard_rows(experts, top_k).values())).to(target.dtype)
+    logits = torch.cat([rows, rows[:1], rows.repeat_interleave(4, 0)]) if 256 < experts <= 512 else rows
+    bias = (torch.arange(experts) % 3 / 64) if biased else None
+    expected = naive_indices(logits.float() if bias is None else logits.float() + bias, top_k)
+    of_bias = None if bias is None else bias.to(target.device)
+    how = {"scoring": "sigmoid", "score_after_topk": True, "selection_bias_E": of_bias}
+    weights, indices = topk_route(logits.to(target.device), top_k, **how)
+    wrong = (indices.cpu() != expected).any(-1).nonzero().flatten().tolist()
+    assert not wrong, [(logits[i], indices[i], expected[i]) for i in wrong[:1]]
+    truth = logits.float().gather(1, expected).double().sigmoid()
+    torch.testing.assert_close(weights.cpu().double(), truth, rtol=1e-5, atol=1e-38, equal_nan=True)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])

@@ -40,8 +40,22 @@ def _decode(problem) -> str | None:
 _HOPPER = {"gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"}
 #: Gathered rows are copied 64 columns at a time without a mask; these ops gather rows of width dims[0].
 _GATHERS = {"gate_up", "d_activation"}
+#: Beside swiglu.
+_ACTIVATIONS = (
+    *("geglu", "geglu_tanh", "swiglu_oai", "swiglu_clamp_before", "swiglu_clamp_after"),
+    *("relu2", "gelu", "gelu_tanh", "silu"),
+)
 #: Beyond the plainest call.
-_HOPPER_TRAITS = {("grouped_wgrad", "float32 result")}
+_HOPPER_TRAITS = {
+    ("gate_up", "bias"),
+    *((op, trait) for op in _GATHERS for trait in ("interleaved gate_up", "transposed weights")),
+    *((op, f"activation {name}") for op in _GATHERS for name in _ACTIVATIONS),
+    ("grouped_gemm", "bias"),
+    ("grouped_gemm", "transposed weights"),
+    ("grouped_wgrad", "float32 result"),
+    ("grouped_wgrad", "gather none"),
+    ("grouped_wgrad", "row sums"),
+}
 
 
 def _hopper(op: str, problem) -> str | None:

@@ -73,12 +73,26 @@ def dtype_codes() -> dict[torch.dtype | None, int]:
 
 
 @functools.cache
-def activation_codes() -> dict[str, int]:
+def _activations() -> dict[str, tuple[int, bool]]:
     return _load().ACTIVATIONS
+
+
+def activation_arguments(activation: str, alpha: float | None, limit: float | None, interleaved: bool) -> dict:
+    """An activation as the kernels of ``_C`` take it."""
+    code, _ = _activations()[activation]
+    return {"activation": code, "alpha": alpha or 0.0, "limit": limit or 0.0, "interleaved": interleaved}
+
+
+def is_gated(activation: str) -> bool:
+    return _activations()[activation][1]
 
 
 def routing_plan_workspace(num_slots: int, num_experts: int) -> int:
     return _load().routing_plan_workspace(num_slots=num_slots, num_experts=num_experts)
+
+
+def row_sums_workspace(num_rows: int, num_experts: int, width: int) -> int:
+    return _load().row_sums_workspace(num_rows=num_rows, num_experts=num_experts, width=width)
 
 
 def launch(name: str, device: torch.device, **arguments) -> None:

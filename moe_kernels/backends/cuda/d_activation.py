@@ -2,6 +2,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import (
+    activation_arguments,
     address,
     aligned_rows,
     dtype_codes,
@@ -33,7 +34,9 @@ def d_activation(
     partial = h_RN.new_zeros((-(-inner // tile_columns()), *weights_TK.shape), dtype=torch.float32)
     if rows == 0:
         return a_RI, partial[0]
-    d_out_TD, w_down_EDI, weights_TK = aligned_rows(d_out_TD), aligned_rows(w_down_EDI), weights_TK.contiguous()
+    along = w_down_EDI.stride(2) != 1
+    d_out_TD, w = aligned_rows(d_out_TD), aligned_rows(w_down_EDI.mT if along else w_down_EDI)
+    weights_TK = weights_TK.contiguous()
     if weights_TK.dtype not in dtype_codes():
         weights_TK = weights_TK.float()
     source_RN = aligned_rows(h_RN)
@@ -47,11 +50,13 @@ def d_activation(
         h=address(source_RN),
         d_out=address(d_out_TD),
         d_out_stride=d_out_TD.stride(0),
-        w=weights_of(w_down_EDI),
+        w=weights_of(w),
+        along=along,
         weights=address(weights_TK),
         weights_dtype=dtype_codes()[weights_TK.dtype],
         inner=inner,
         reduced=d_out_TD.shape[1],
+        **activation_arguments(activation, alpha, limit, interleaved),
         plan=plan_of(offsets_E1, slots_R, tiles_2M, rows, weights_TK.shape[1]),
     )
     if target_RN is not dh_RN:

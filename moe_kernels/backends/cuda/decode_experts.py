@@ -1,7 +1,7 @@
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import (
-    activation_codes,
+    activation_arguments,
     address,
     aligned_rows,
     dtype_codes,
@@ -56,10 +56,7 @@ def decode_experts(
         tokens=tokens,
         top_k=indices_TK.shape[1],
         num_experts=w_END.shape[0],
-        activation=activation_codes()[activation],
-        alpha=alpha or 0.0,
-        limit=limit or 0.0,
-        interleaved=interleaved,
+        **activation_arguments(activation, alpha, limit, interleaved),
         dtype=dtype_codes()[x_TD.dtype],
         num_sms=num_sms(x_TD.device),
     )

@@ -1,6 +1,14 @@
 from torch import Tensor
 
-from moe_kernels.backends.cuda._extension import address, aligned_rows, launch_sm90, plan_of, weights_of
+from moe_kernels.backends.cuda._extension import (
+    activation_arguments,
+    address,
+    aligned_rows,
+    is_gated,
+    launch_sm90,
+    plan_of,
+    weights_of,
+)
 
 
 def gate_up(
@@ -20,11 +28,14 @@ def gate_up(
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows, n = slots_R.shape[0], w_END.shape[1]
+    inner = n // 2 if is_gated(activation) else n
     h_RN = x_TD.new_empty(rows if store_h else 0, n)
-    a_RI = x_TD.new_empty(rows if store_a else 0, n // 2)
+    a_RI = x_TD.new_empty(rows if store_a else 0, inner)
     if rows == 0:
         return h_RN, a_RI
-    x_TD, w_END = aligned_rows(x_TD), aligned_rows(w_END)
+    across = w_END.stride(2) != 1
+    x_TD, w = aligned_rows(x_TD), aligned_rows(w_END.mT if across else w_END)
+    bias_EN = None if bias_EN is None else aligned_rows(bias_EN.contiguous())
     launch_sm90(
         "gate_up",
         x_TD.device,
@@ -32,9 +43,12 @@ def gate_up(
         a=address(a_RI) if store_a else 0,
         x=address(x_TD),
         x_stride=x_TD.stride(0),
-        w=weights_of(w_END),
-        inner=n // 2,
+        w=weights_of(w),
+        across=across,
+        bias=address(bias_EN),
+        inner=inner,
         reduced=x_TD.shape[1],
+        **activation_arguments(activation, alpha, limit, interleaved),
         plan=plan_of(offsets_E1, slots_R, tiles_2M, rows, top_k),
     )
     return h_RN, a_RI

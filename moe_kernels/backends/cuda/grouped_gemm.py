@@ -11,7 +11,12 @@ def grouped_gemm(
     y_RN = a_RC.new_empty(rows, width)
     if rows == 0:
         return y_RN
+    across = not trans_w
+    if w.stride(2) != 1 and w.stride(1) == 1:  # stored the other way round: read as it lies
+        w, across = w.mT, not across
     a_RC, w = aligned_rows(a_RC), aligned_rows(w)
+    if bias_EN is not None:
+        bias_EN = aligned_rows(bias_EN)
     launch_sm90(
         "grouped_gemm",
         a_RC.device,
@@ -19,7 +24,9 @@ def grouped_gemm(
         a=address(a_RC),
         a_stride=a_RC.stride(0),
         w=weights_of(w),
-        across=not trans_w,
+        across=across,
+        bias=address(bias_EN),
+        bias_stride=0 if bias_EN is None else bias_EN.stride(0),
         width=width,
         reduced=reduced,
         plan=plan_of(offsets_E1, None, tiles_2M, rows, 1),

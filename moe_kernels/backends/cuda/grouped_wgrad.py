@@ -1,7 +1,15 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.backends.cuda._extension import address, aligned_rows, dtype_codes, launch_sm90, plan_of
+from moe_kernels.backends.cuda._extension import (
+    address,
+    aligned_rows,
+    dtype_codes,
+    launch,
+    launch_sm90,
+    plan_of,
+    row_sums_workspace,
+)
 
 
 def grouped_wgrad(
@@ -14,24 +22,44 @@ def grouped_wgrad(
     sum_lhs: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    experts, m, n = offsets_E1.shape[0] - 1, lhs.shape[1], rhs.shape[1]
-    nothing = lhs.new_empty((0, m), dtype=out_dtype)
-    if slots_R.shape[0] == 0:
-        return lhs.new_zeros((experts, m, n), dtype=out_dtype), nothing
-    dw_EMN = lhs.new_empty((experts, m, n), dtype=out_dtype)
-    lhs, rhs = aligned_rows(lhs), aligned_rows(rhs)
-    launch_sm90(
-        "grouped_wgrad",
-        lhs.device,
-        dw=address(dw_EMN),
-        dw_dtype=dtype_codes()[out_dtype],
-        lhs=address(lhs),
-        lhs_stride=lhs.stride(0),
-        rhs=address(rhs),
-        rhs_stride=rhs.stride(0),
-        m=m,
-        n=n,
-        gather_lhs=gather == "lhs",
-        plan=plan_of(offsets_E1, slots_R, None, slots_R.shape[0], top_k),
-    )
-    return dw_EMN, nothing
+    experts, m, n, rows = offsets_E1.shape[0] - 1, lhs.shape[1], rhs.shape[1], slots_R.shape[0]
+    make = lhs.new_empty if rows else lhs.new_zeros
+    dw_EMN = make((experts, m, n), dtype=out_dtype)
+    db_EM = make((experts if sum_lhs else 0, m), dtype=out_dtype)
+    if rows == 0:
+        return dw_EMN, db_EM
+
+    def plan(gathers: bool):
+        return plan_of(offsets_E1, slots_R, None, rows, top_k) if gathers else plan_of(offsets_E1, None, None, rows, 1)
+
+    lhs = aligned_rows(lhs)
+    if n:
+        rhs = aligned_rows(rhs)
+        launch_sm90(
+            "grouped_wgrad",
+            lhs.device,
+            dw=address(dw_EMN),
+            dw_dtype=dtype_codes()[out_dtype],
+            lhs=address(lhs),
+            lhs_stride=lhs.stride(0),
+            rhs=address(rhs),
+            rhs_stride=rhs.stride(0),
+            m=m,
+            n=n,
+            gather_lhs=gather == "lhs",
+            plan=plan(gather != "none"),
+        )
+    if sum_lhs:
+        workspace = lhs.new_empty(row_sums_workspace(rows, experts, m), dtype=torch.float32)
+        launch(
+            "row_sums",
+            lhs.device,
+            sums=address(db_EM),
+            sums_dtype=dtype_codes()[out_dtype],
+            rows=address(lhs),
+            row_stride=lhs.stride(0),
+            width=m,
+            workspace=address(workspace),
+            plan=plan(gather == "lhs"),
+        )
+    return dw_EMN, db_EM

@@ -131,6 +131,10 @@ def grouped_wgrad(
             lhs.new_zeros((experts if sum_lhs else 0, m), dtype=out_dtype),
         )
     dw_EMN = lhs.new_empty((experts, m, n), dtype=out_dtype)
+    if n == 0:  # the sums alone: a product with a column of ones (eight, the narrowest)
+        ones = rhs.new_ones(rhs.shape[0], 8)
+        sums, nothing = grouped_wgrad(lhs, ones, offsets_E1, slots_R, top_k, gather, False, out_dtype)
+        return dw_EMN, sums[..., 0].contiguous() if sum_lhs else nothing
     db_EM = lhs.new_empty((experts if sum_lhs else 0, m), dtype=out_dtype)
     row = "grouped_wgrad_lhs" if gather == "lhs" else "grouped_wgrad_rhs"
     config = tiles(row, capability(lhs.device), lhs.element_size())

@@ -5,32 +5,46 @@
     weights = scale p[indices] / max(sum + epsilon, min_sum)                    -> [T, K]
     d_logits, from d_weights and the indices, scores computed again             -> [T, E]
 
-A program is one warp and _TOKENS tokens, so that nothing waits at a barrier. The choice is a tournament of two levels.
-A pass over the row, held in registers, leaves the best key of each bin of _BIN neighbours. Each of K rounds takes the
-bin with the best key, reads its logits again (they are in L1 or L2), finds the expert in it and the bin's next best
-key: what comes after (key, index) of the one just found, so nothing is written back. A round costs E / _BIN + _BIN
-elements where a maximum over the row costs E, several instructions each. Keys are 32-bit integers that order as the
-floats do; equal keys are told apart by index alone, so K experts are distinct whatever the logits are. The bins of
-losing groups start below every key.
+A program is one warp and up to _TOKENS tokens, so that nothing waits at a barrier; their rows are held in registers.
+Keys are 32-bit integers that order as the floats do; equal keys are told apart by index alone, so K experts are
+distinct whatever the logits are. There are two ways to choose:
+
+**Rounds**, for few experts and for groups: a tournament of two levels. A pass over the row leaves the best key of each
+bin of _BIN neighbours. Each of K rounds takes the bin with the best key, reads its logits again (they are in L1 or L2),
+finds the expert in it and the bin's next best key: what comes after (key, index) of the one just found, so nothing is
+written back. A round costs E / _BIN + _BIN elements where a maximum over the row costs E. The bins of losing groups
+start below every key.
+
+**A list**, for more than _FEW experts of 257 to _LONG: a threshold below which no chosen expert is, found by halving an
+interval as long as the best of K sets of _SET elements stay above; then all elements that are not below it, 1.25 K of
+512, go to a list (a bit each in their lane, a sum over lanes for the places, a round for each bit of the fullest lane),
+and one sort of (key, index) in 64 bits puts the list in order. Where the elements are too many for the list (many equal
+logits, infinities; of random ones 3 tokens in 100 with K=11, none with K=22) or too few (NaN), the program takes the
+rounds.
 
 With a bias a key is computed in two places and must be the same number in both: the kernel is compiled without fused
-multiply-adds, which the compiler might form in one place and not in the other.
+multiply-adds, which the compiler might form in one place and not in the other. The sigmoid of all E is the bare two
+units: Triton's exponential and division spend half of a pass over the row on results below 2**-126.
 
-Predicted from the machine code of sm_90: clocks of an SM that a program of 4 tokens takes with bins of 16, from its
-busiest pipe (compares, selects and integers issue at half rate), and T = 16384 on 132 SMs at 1.7 GHz with that pipe
-full. 15 to 31 warps an SM hide the ~500 clocks of latency in a round only in part, so about a half more is measured.
+Predicted from the machine code of sm_90: clocks of an SM that a program of 4 tokens takes of its busiest pipe
+(compares, selects and integers issue at half rate), and T = 16384 on 132 SMs at 1.7 GHz with that pipe full; then with
+the latency of two waves of programs (4500 clocks for a list, 2000 and 350 a round) and the eighth by which the
+first kernel was slower than that.
 
-                                                                     predicted   bins of 16, of 8   bytes alone
-    E=128 K=8  softmax, bf16                 96 +  8 * 30 clocks      6 µs         8.8,  7.6         2
-    E=256 K=8  sigmoid, bias, 4 of 8 groups  378 + 8 * 36            12           19.8, 18.3         6
-    E=512 K=22 sigmoid, bias                 401 + 22 * 47           26           39.3, 37.9        12
+                                                                         predicted   measured       bytes alone
+    E=128 K=8  softmax, bf16, rounds             62 +  8 * 22 clocks     4, 8 µs     7.8            2
+    E=256 K=8  sigmoid, bias, 4 of 8 groups      292 + 8 * 26            9, 15       17.1           6
+    E=512 K=22 sigmoid, bias, rounds             128 + 22 * 39           18, 31      33.5           12
+    E=512 K=22 sigmoid, bias, list of 32         466 + 4 * 24 + rounds   11, 18      30.5
+                               list of 64, a token a program                        22.9
 
-K maxima over the whole row would take 9, 24 and 90 µs by the same count; a bitonic top-32 of 64-bit (key, index) pairs
-70 µs at E=512. Packing an index into the low bits of an fp32 key (QuACK's top-k) is cheaper but not exact.
+The list of four tokens takes 123 registers, of one 51: more programs at a time hide the sort's latency. K maxima over
+the whole row would take 9, 24 and 90 µs by the same count; a bitonic top-32 of the row's 64-bit pairs 70 µs at E=512.
+Packing an index into the low bits of an fp32 key (QuACK's top-k) is cheaper but not exact.
 
 The backward writes the dense part of a row (softmax: -p * sum; otherwise zeros), then the K chosen over it after a
 barrier of its warp: one or two passes over the bytes of [T, E] and no product of E and K. Predicted by bytes and
-machine code 4, 7 and 18 µs for the shapes above, measured 7, 9 and 24.
+machine code 4, 7 and 18 µs for the shapes above, measured 7.2, 8.8 and 21.
 """
 
 import torch
@@ -38,14 +52,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels.backends.triton import interpreted
 from moe_kernels.backends.triton._launch import Launch, cdiv, launch
 
 _TOKENS = 4  # of a program: their bins fill the lanes
 _LONG = 512  # rows up to here fit in registers four at a time, 64 logits a lane; longer ones go alone
+_LOGITS_BWD = 1024  # of a program; four rows of 512 take 24 µs where two take 21
+_FEW = 7  # experts that rounds choose as fast as a list does
+_PLACES = 32  # in the lists of a program, at least
 _BIN = 8  # a sector of fp32; 16, nearer the root of E, is up to 15 % slower, 32 a fifth to two fifths (H100)
 
 _LOWEST = tl.constexpr(-(2**31))  # no choice: below every key
 _HIGHEST = tl.constexpr(2**31 - 1)
+_SET = tl.constexpr(8)
+_HALVINGS = tl.constexpr(5)  # each less leaves more elements for the list
 
 
 @triton.jit
@@ -98,13 +118,37 @@ def _score(z, top, total, SCORING: tl.constexpr, STEP: tl.constexpr):
     return p.to(STEP).to(tl.float32)
 
 
+if interpreted():
+
+    @triton.jit
+    def _sigmoid(z):
+        return 1.0 / (1.0 + tl.exp(-z))
+
+else:
+
+    @triton.jit
+    def _sigmoid(z):
+        """Results below 2**-126 are 0."""
+        return tl.inline_asm_elementwise(
+            """{
+            mul.f32 $0, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 $0, $0;
+            add.f32 $0, $0, 0f3F800000;
+            rcp.approx.ftz.f32 $0, $0;
+            }""",
+            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
 @triton.jit
 def _choice(
     z, bias, top, total, soft_cap, SCORING: tl.constexpr, CAP: tl.constexpr, AFTER: tl.constexpr,
     HAS_BIAS: tl.constexpr, STEP: tl.constexpr, STEP_CHOICE: tl.constexpr,
 ):  # fmt: skip
     choice = _cap(z, soft_cap, CAP)
-    if not AFTER:
+    if not AFTER and SCORING == "sigmoid":
+        choice = _sigmoid(choice).to(STEP).to(tl.float32)
+    elif not AFTER:
         choice = _score(choice, top[:, None], total[:, None], SCORING, STEP)
     if HAS_BIAS:
         choice = (choice + bias).to(STEP_CHOICE).to(tl.float32)
@@ -173,6 +217,126 @@ def _best_groups(
     return (key == _LOWEST).to(tl.int32)  # and the groups without an expert, which no one asks for
 
 
+@triton.jit
+def _threshold(choices, TOP_K: tl.constexpr, VECTOR: tl.constexpr):
+    """[tokens] floats that K elements of a row at least are not below, and few more than K."""
+    TOKENS: tl.constexpr = choices.shape[0]
+    SETS: tl.constexpr = choices.shape[1] // _SET
+    # Best of each set of elements that one lane loaded
+    best = tl.max(tl.reshape(choices, (TOKENS, SETS // 32, _SET // VECTOR, 32, VECTOR)), 4)
+    best = tl.reshape(tl.max(best, 2), (TOKENS, SETS))
+    # Of every two sets one is not below ``low``; from there on K of them are not, at each step.
+    low = tl.min(tl.max(tl.reshape(best, (TOKENS, 2, SETS // 2)), 1), 1)
+    step = tl.max(best, 1) - low
+    for _ in tl.static_range(_HALVINGS):
+        step *= 0.5
+        higher = low + step
+        enough = tl.sum((best >= higher[:, None]).to(tl.int32), 1) >= TOP_K
+        low = tl.where(enough, higher, low)
+    return low
+
+
+@triton.jit
+def _bits(mask, VECTOR: tl.constexpr):
+    """mask [tokens, width] -> [tokens, lanes]: 16 bits, and above them their number. Bit ``c * VECTOR + v`` of a lane
+    is element (c * lanes + lane) * VECTOR + v of the row, which that lane loaded."""
+    CHUNKS: tl.constexpr = mask.shape[1] // (32 * VECTOR)
+    tl.static_assert(CHUNKS * VECTOR <= 16, "too many bits")
+    o = tl.arange(0, mask.shape[1])
+    bit = 1 << (o // (32 * VECTOR) * VECTOR + o % VECTOR)
+    bits = tl.where(mask, (bit + (1 << 16))[None, :], 0)
+    return tl.sum(tl.sum(tl.reshape(bits, (mask.shape[0], CHUNKS, 32, VECTOR)), 3), 1)
+
+
+@triton.jit
+def _write_list(p_list, bits, end, VECTOR: tl.constexpr):
+    """Write the elements whose bits are set, a lane's downwards from before its ``end``; all [tokens * lanes]."""
+    lane = tl.arange(0, bits.shape[0]) % 32
+    while tl.max(bits, 0) > 0:
+        highest = (bits.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        end -= 1
+        o = highest + (highest & -VECTOR) * 31 + lane * VECTOR
+        o = tl.where(bits > 0, o, -1)
+        tl.store(p_list + end, o, mask=o >= 0)
+        bits = tl.where(bits > 0, bits - (1 << (highest & 31)), 0)
+
+
+@triton.jit
+def _sort_list(
+    p_list, length, p_row, bias_ptr, top, total, soft_cap, LIST: tl.constexpr, WIDTH: tl.constexpr,
+    SCORING: tl.constexpr, CAP: tl.constexpr, AFTER: tl.constexpr, HAS_BIAS: tl.constexpr, STEP: tl.constexpr,
+    STEP_CHOICE: tl.constexpr,
+):  # fmt: skip
+    """[tokens, LIST] the elements of the list, best first."""
+    o_l = tl.arange(0, LIST)[None, :]
+    m_l = o_l < length[:, None]
+    o = tl.load(p_list[:, None] + o_l, mask=m_l, other=0)
+    choice = tl.load(p_row[:, None] + o, mask=m_l, other=float("-inf")).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + o, mask=m_l, other=0.0).to(tl.float32)
+        choice = _choice(choice, bias, top, total, soft_cap, SCORING, CAP, AFTER, HAS_BIAS, STEP, STEP_CHOICE)
+    key = tl.where(m_l, _key(choice), _LOWEST)
+    pairs = tl.sort(key.to(tl.int64) << 32 | (WIDTH - o).to(tl.int64), descending=True)
+    return WIDTH - (pairs & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _rounds(
+    choices, scores, m_w, p_row, bias_ptr, top, total, soft_cap, BIN: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOP_K: tl.constexpr, MEMBERS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+    LOG_M: tl.constexpr, GROUP_SCORE: tl.constexpr, ZEROS: tl.constexpr, SCORING: tl.constexpr, CAP: tl.constexpr,
+    AFTER: tl.constexpr, HAS_BIAS: tl.constexpr, STEP: tl.constexpr, STEP_CHOICE: tl.constexpr,
+):  # fmt: skip
+    """[tokens, BLOCK_K] the K best experts, best first: one a round."""
+    BLOCK_T: tl.constexpr = choices.shape[0]
+    WIDTH: tl.constexpr = choices.shape[1]
+    BLOCK_M: tl.constexpr = 1 << LOG_M
+    BINS: tl.constexpr = WIDTH // BIN
+    # The key of the best float is the best key; a bin starts with an expert or has none.
+    bins = tl.max(tl.reshape(tl.where(m_w, choices, float("-inf")), (BLOCK_T, BINS, BIN)), 2)
+    o_b = tl.arange(0, BINS)[None, :]
+    m_b = _is_expert(o_b * BIN, MEMBERS, GROUPS, BLOCK_M)
+    bins = tl.where(m_b, _key(bins), _LOWEST)
+    if GROUPS > 1:
+        grouped = tl.where(m_w & (scores == scores), scores, float("-inf"))
+        grouped = tl.reshape(grouped, (BLOCK_T, BLOCK_G, BLOCK_M))
+        keep = _best_groups(grouped, GROUPS, TOP_GROUPS, GROUP_SCORE, LOG_M, STEP_CHOICE)
+        of_bin = tl.broadcast_to(keep[:, :, None], (BLOCK_T, BLOCK_G, BLOCK_M // BIN))
+        kept_bins = tl.reshape(of_bin, (BLOCK_T, BINS))
+        bins = tl.where((kept_bins == 0) & m_b, 0 if ZEROS else _LOWEST, bins)
+
+    o_i = tl.arange(0, BIN)[None, :]
+    o_k = tl.arange(0, BLOCK_K)[None, :]
+    chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
+    last_key = tl.full((BLOCK_T,), _HIGHEST, tl.int32)
+    last = tl.full((BLOCK_T,), -1, tl.int32)
+    for k in range(TOP_K):
+        best = tl.max(bins, 1)
+        b = tl.min(tl.where(bins == best[:, None], o_b, BINS), 1)
+        o = b[:, None] * BIN + o_i
+        e, m = _expert(o, MEMBERS, GROUPS, BLOCK_M), _is_expert(o, MEMBERS, GROUPS, BLOCK_M)
+        choice = tl.load(p_row[:, None] + e, mask=m, other=float("-inf")).to(tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + e, mask=m, other=0.0).to(tl.float32)
+            choice = _choice(choice, bias, top, total, soft_cap, SCORING, CAP, AFTER, HAS_BIAS, STEP, STEP_CHOICE)
+        key = _key(choice)
+        if ZEROS:
+            kept = tl.max(tl.where(o_b == b[:, None], kept_bins, 0), 1)
+            key = tl.where(kept[:, None] == 0, 0, key)
+        key = tl.where(m, key, _LOWEST)
+        # Of the elements with the best key those up to the last chosen are gone.
+        same = key == best[:, None]
+        gone = tl.where(best == last_key, last, -1)
+        last = tl.min(tl.where(same & (o > gone[:, None]), o, WIDTH - 1), 1)
+        last_key = best
+        left = (key < best[:, None]) | (same & (o > last[:, None]))
+        next_best = tl.max(tl.where(left, key, _LOWEST), 1)
+        bins = tl.where(o_b == b[:, None], next_best[:, None], bins)
+        expert = _expert(last, MEMBERS, GROUPS, BLOCK_M)
+        chosen = tl.where(o_k == k, expert[:, None], chosen)
+    return chosen
+
+
 @triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["bias_ptr"])
 def route_kernel(
     weights_ptr,
@@ -204,13 +368,13 @@ def route_kernel(
     LOG_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BIN: tl.constexpr,
+    LIST: tl.constexpr,
 ):
     STEP: tl.constexpr = logits_ptr.dtype.element_ty if ROUND_SCORES else tl.float32
     STEP_CHOICE: tl.constexpr = logits_ptr.dtype.element_ty if ROUND_CHOICE else tl.float32
     MEMBERS: tl.constexpr = E // GROUPS
     BLOCK_M: tl.constexpr = 1 << LOG_M
     WIDTH: tl.constexpr = BLOCK_G * BLOCK_M
-    BINS: tl.constexpr = WIDTH // BIN
     ZEROS: tl.constexpr = LOSERS_ZERO and HAS_BIAS and GROUPS > 1
     o_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     m_t = o_t < T
@@ -227,6 +391,7 @@ def route_kernel(
         top = tl.max(tl.where(m_w, capped, float("-inf")), 1)
         total = tl.sum(tl.where(m_w, tl.exp(capped - top[:, None]), 0.0), 1)
     choices = row
+    scores = row
     if HAS_BIAS or GROUPS > 1:
         bias_w = tl.zeros((WIDTH,), tl.float32)
         if HAS_BIAS:
@@ -234,50 +399,33 @@ def route_kernel(
         scores = _choice(row, bias_w[None, :], top, total, soft_cap, SCORING, CAP, AFTER, HAS_BIAS, STEP, STEP_CHOICE)
         if HAS_BIAS:
             choices = scores
-    # The key of the best float is the best key; a bin starts with an expert or has none.
-    bins = tl.max(tl.reshape(tl.where(m_w, choices, float("-inf")), (BLOCK_T, BINS, BIN)), 2)
-    o_b = tl.arange(0, BINS)[None, :]
-    m_b = _is_expert(o_b * BIN, MEMBERS, GROUPS, BLOCK_M)
-    bins = tl.where(m_b, _key(bins), _LOWEST)
-    if GROUPS > 1:
-        grouped = tl.where(m_w & (scores == scores), scores, float("-inf"))
-        grouped = tl.reshape(grouped, (BLOCK_T, BLOCK_G, BLOCK_M))
-        keep = _best_groups(grouped, GROUPS, TOP_GROUPS, GROUP_SCORE, LOG_M, STEP_CHOICE)
-        of_bin = tl.broadcast_to(keep[:, :, None], (BLOCK_T, BLOCK_G, BLOCK_M // BIN))
-        kept_bins = tl.reshape(of_bin, (BLOCK_T, BINS))
-        bins = tl.where((kept_bins == 0) & m_b, 0 if ZEROS else _LOWEST, bins)
+    short: tl.constexpr = False
+    if LIST > 0:
+        VECTOR: tl.constexpr = min(128 // logits_ptr.dtype.element_ty.primitive_bitwidth, WIDTH // 32)
+        row_choices = tl.where(m_w, choices, float("-inf"))
+        low = _threshold(row_choices, TOP_K, VECTOR)
+        bits = _bits((row_choices >= low[:, None]) & m_w, VECTOR)
+        end = tl.cumsum(bits >> 16, 1)
+        length = tl.max(end, 1)
+        short = tl.min(tl.where((length >= TOP_K) & (length <= min(LIST, 2 * TOP_K)), 1, 0), 0) == 1
+    if short:
+        # A token's list lies in its row of indices for now.
+        p_list = indices_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + o_t * (2 * TOP_K)
+        p_lanes = tl.reshape(tl.broadcast_to(p_list[:, None], (BLOCK_T, 32)), (BLOCK_T * 32,))
+        bits = tl.where(m_t[:, None], bits & 0xFFFF, 0)
+        _write_list(p_lanes, tl.reshape(bits, (BLOCK_T * 32,)), tl.reshape(end, (BLOCK_T * 32,)), VECTOR)
+        tl.debug_barrier()  # lanes read what others wrote
+        chosen = _sort_list(
+            p_list, tl.where(m_t, length, 0), p_row, bias_ptr, top, total, soft_cap, LIST, WIDTH, SCORING, CAP, AFTER,
+            HAS_BIAS, STEP, STEP_CHOICE,
+        )  # fmt: skip
+    else:
+        chosen = _rounds(
+            choices, scores, m_w, p_row, bias_ptr, top, total, soft_cap, BIN, BLOCK_K, TOP_K, MEMBERS, GROUPS,
+            TOP_GROUPS, BLOCK_G, LOG_M, GROUP_SCORE, ZEROS, SCORING, CAP, AFTER, HAS_BIAS, STEP, STEP_CHOICE,
+        )  # fmt: skip
 
-    # One expert a round
-    o_i = tl.arange(0, BIN)[None, :]
     o_k = tl.arange(0, BLOCK_K)[None, :]
-    chosen = tl.zeros((BLOCK_T, BLOCK_K), tl.int32)
-    last_key = tl.full((BLOCK_T,), _HIGHEST, tl.int32)
-    last = tl.full((BLOCK_T,), -1, tl.int32)
-    for k in range(TOP_K):
-        best = tl.max(bins, 1)
-        b = tl.min(tl.where(bins == best[:, None], o_b, BINS), 1)
-        o = b[:, None] * BIN + o_i
-        e, m = _expert(o, MEMBERS, GROUPS, BLOCK_M), _is_expert(o, MEMBERS, GROUPS, BLOCK_M)
-        choice = tl.load(p_row[:, None] + e, mask=m, other=float("-inf")).to(tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + e, mask=m, other=0.0).to(tl.float32)
-            choice = _choice(choice, bias, top, total, soft_cap, SCORING, CAP, AFTER, HAS_BIAS, STEP, STEP_CHOICE)
-        key = _key(choice)
-        if ZEROS:
-            kept = tl.max(tl.where(o_b == b[:, None], kept_bins, 0), 1)
-            key = tl.where(kept[:, None] == 0, 0, key)
-        key = tl.where(m, key, _LOWEST)
-        # Of the elements with the best key those up to the last chosen are gone.
-        same = key == best[:, None]
-        gone = tl.where(best == last_key, last, -1)
-        last = tl.min(tl.where(same & (o > gone[:, None]), o, WIDTH - 1), 1)
-        last_key = best
-        left = (key < best[:, None]) | (same & (o > last[:, None]))
-        next_best = tl.max(tl.where(left, key, _LOWEST), 1)
-        bins = tl.where(o_b == b[:, None], next_best[:, None], bins)
-        expert = _expert(last, MEMBERS, GROUPS, BLOCK_M)
-        chosen = tl.where(o_k == k, expert[:, None], chosen)
-
     m_k = o_k < TOP_K
     z = tl.load(p_row[:, None] + chosen, mask=m_k, other=float("-inf")).to(tl.float32)
     z = _cap(z, soft_cap, CAP)
@@ -403,7 +551,10 @@ def topk_route(
         bias_E = bias_E.contiguous()
     block_g = triton.next_power_of_2(num_groups)
     block_m = triton.next_power_of_2(experts // num_groups)
-    block_t = _tokens(block_g * block_m)
+    places = _places(experts, top_k, num_groups)
+    block_t = _TOKENS if block_g * block_m <= _LONG else 1
+    if places:
+        block_t = cdiv(_PLACES, places)
     launch(
         device,
         Launch(
@@ -438,8 +589,9 @@ def topk_route(
                 "BLOCK_T": block_t,
                 "BLOCK_G": block_g,
                 "LOG_M": block_m.bit_length() - 1,
-                "BLOCK_K": triton.next_power_of_2(top_k),
+                "BLOCK_K": places or triton.next_power_of_2(top_k),
                 "BIN": min(_BIN, block_m),
+                "LIST": places,
             },
             1,
             1,
@@ -469,7 +621,7 @@ def topk_route_bwd(
         return d_logits_TE
     logits_TE = _contiguous_rows(logits_TE)
     block_e = triton.next_power_of_2(experts)
-    block_t = _tokens(block_e)
+    block_t = min(_TOKENS, cdiv(_LOGITS_BWD, block_e))
     launch(
         device,
         Launch(
@@ -506,8 +658,11 @@ def topk_route_bwd(
     return d_logits_TE
 
 
-def _tokens(width: int) -> int:
-    return _TOKENS if width <= _LONG else 1
+def _places(experts: int, top_k: int, num_groups: int) -> int:
+    """Of a token's list; 0 for no list."""
+    if num_groups > 1 or top_k <= _FEW or not max(257, 22 * top_k) <= experts <= _LONG:
+        return 0
+    return triton.next_power_of_2(top_k + top_k // 2)
 
 
 def _contiguous_rows(logits_TE: Tensor) -> Tensor:

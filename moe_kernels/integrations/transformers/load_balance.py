@@ -288,7 +288,8 @@ def _count(layer: _Layer, router: nn.Module, args: tuple, output: object) -> Non
         indices_TK = indices[0].to(layer.counts_E.device).flatten(0, -2)
         plan = routing_plan(indices_TK, layer.counts_E.shape[0])
         layer.counts_E.add_(plan.tokens_per_expert_E)
-    hand_on(plan, indices[0])
+    if indices[0].device == layer.counts_E.device:  # where the experts are
+        hand_on(plan, indices[0])
 
 
 def _draw(path: Path, history: dict[int, list[float]], layers: tuple[str, ...]) -> None:
