@@ -3,7 +3,7 @@
     python -m benchmarks.readme
 
 Everything between the two markers is made here; ``tests/test_readme.py`` fails when it is not what the results say.
-A figure that the results lack is left out.
+The results are those of one GPU, ``benchmarks.GPU``. A figure that they lack is left out.
 """
 
 import argparse
@@ -13,13 +13,14 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import GPU, GPU_BEFORE
 from moe_kernels.bench import results
 from moe_kernels.bench.results import ROOT
 from moe_kernels.bench.shapes import SHAPES
 from moe_kernels.cli import charts
 
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3"
+RESULTS, BEFORE = (ROOT / "benchmarks" / "results" / gpu for gpu in (GPU, GPU_BEFORE))
 CHART = "bench.png"
 BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- /measured -->"
 #: Implementations of the block that the README shows, with peers between them.
@@ -27,7 +28,8 @@ STOCK, OURS = "grouped_mm", "moe_kernels"
 _WIDTH = 140
 
 
-def measured(directory: Path) -> str:
+def measured(directory: Path, before: Path | None = None) -> str:
+    """The figures of one GPU's results; ``before``: those of another that were shown before, to point at."""
     block, model, decode = (results.load(directory / name) for name in ("block.json", "model.json", "decode.json"))
     convergence = _read(directory / "convergence.json")
     shown = _shown(block["rows"])
@@ -46,7 +48,7 @@ def measured(directory: Path) -> str:
             _convergence(convergence, used),
             f"![loss of both runs]({_relative(directory)}/convergence.png)",
         ]
-    return "\n\n".join(filter(None, [*parts, *used.line()]))
+    return "\n\n".join(filter(None, [*parts, *used.line(), *([] if before is None else _older(before))]))
 
 
 def _read(path: Path) -> dict:
@@ -84,6 +86,16 @@ class _Used:
                 "How, and what each figure means: [docs/benchmarks.md](docs/benchmarks.md)."
             )
         ]
+
+
+def _older(directory: Path) -> list[str]:
+    """Where the figures are that were shown before."""
+    files = [found for path in sorted(directory.glob("*.json")) if "rows" in (found := _read(path))]
+    used = _Used(_machine(found, row) for found in files for row in found["rows"].values())
+    if not used.machines:
+        return []
+    gpu, path = used.machines[0]["gpu"]["name"], _relative(directory)
+    return [_filled(f"Older figures, of one {gpu} and content hash `{used.content_hash}`: [{path}]({path}).")]
 
 
 def _setup(machine: dict) -> str:
@@ -315,7 +327,8 @@ def _convergence(found: dict, used: _Used) -> str:
 def written(readme: str) -> str:
     """The README with its figures renewed."""
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{measured(RESULTS)}\n{END}{rest.split(END)[1]}"
+    figures = measured(RESULTS, None if BEFORE == RESULTS else BEFORE)
+    return f"{before}{BEGIN}\n{figures}\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The README says what the committed results say, and what they lack it leaves out."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -26,8 +27,10 @@ def test_figures_are_those_of_the_results():
 
 
 def test_the_pictures_are_there():
-    for picture in (readme.CHART, "convergence.png"):
-        assert (readme.RESULTS / picture).read_bytes().startswith(b"\x89PNG")
+    pictures = re.findall(r"!\[.*\]\((.*)\)", readme.README.read_text())
+    assert any(picture.endswith(readme.CHART) for picture in pictures)
+    for picture in pictures:
+        assert (readme.ROOT / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def lines(directory, rows, file="block.json", **machine) -> list[str]:
@@ -100,7 +103,7 @@ def test_every_part_that_is_of_other_code_says_so(tmp_path):
     lines(tmp_path, EXPERTS, content_hash=OTHER)
     lines(tmp_path, FEW, "decode.json", content_hash=OTHER)
     lines(tmp_path, MODEL, "model.json", content_hash=OTHER)
-    convergence = readme.RESULTS / "convergence.json"
+    convergence = readme.BEFORE / "convergence.json"
     (tmp_path / "convergence.json").write_text(convergence.read_text())
     text = prose(tmp_path)
     assert f"qwen3-30b 1.23 {NOTE}." in text and f"qwen3-30b zipf 1.05 {NOTE}." in text
@@ -117,6 +120,29 @@ def test_a_shape_of_other_code_says_so_in_the_table(tmp_path):
     lines(tmp_path, more)
     found = lines(tmp_path, other, content_hash=OTHER)
     assert f"| olmoe-7b {NOTE} | stock | 2.70 | 8.00 | 395 | 1227 |" in found
+
+
+def test_figures_of_the_gpu_before_are_pointed_at(tmp_path):
+    old, new = tmp_path / "old-gpu", tmp_path / "new-gpu"
+    lines(old, {STOCK: ROW, OURS: ROW}, gpu=MACHINE["gpu"] | {"name": "old GPU"}, content_hash=OTHER)
+    lines(old, FEW, "decode.json", gpu=MACHINE["gpu"] | {"name": "old GPU"})
+    lines(new, {STOCK: ROW, OURS: ROW}, gpu=MACHINE["gpu"] | {"name": "new GPU"})
+    (old / "convergence.json").write_text('{"machine": {}}')
+    alone = readme.measured(new)
+    assert "on one new GPU" in alone and f"({new.as_posix()}/{readme.CHART})" in alone and "old" not in alone
+    assert readme.measured(new, tmp_path / "none") == alone
+    line = readme.measured(new, old).removeprefix(alone).split()
+    name = old.as_posix()
+    assert line == f"Older figures, of one old GPU and content hash `0123456789abcdef`: [{name}]({name}).".split()
+
+
+@pytest.mark.parametrize("before, said", [("same", False), ("other", True)])
+def test_only_another_gpus_figures_are_pointed_at(tmp_path, monkeypatch, before, said):
+    for name in ("same", "other"):
+        lines(tmp_path / name, {STOCK: ROW, OURS: ROW})
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "same")
+    monkeypatch.setattr(readme, "BEFORE", tmp_path / before)
+    assert ("Older figures" in readme.written(f"{readme.BEGIN}{readme.END}")) == said
 
 
 EXPERTS = {

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import floors
-from benchmarks.floors import MET, MISSING, SHORT, STALE, BadFloors, Floor, Unless
+from benchmarks.floors import ELSEWHERE, MET, MISSING, SHORT, STALE, BadFloors, Floor, Unless
 from moe_kernels.bench import block, decode, extra, model, ops, peers, router
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
 
@@ -17,7 +17,7 @@ ENTRY = {
     "relation": "<=",
     "value": 2.0,
 }
-FLOOR = Floor("an issue", "a step", None, "block.json", "block/a/ours", "step_ms", "<=", 2.0, None)
+FLOOR = Floor("an issue", "a step", "a-gpu", None, "block.json", "block/a/ours", "step_ms", "<=", 2.0, None)
 HASH = "now"
 
 
@@ -30,16 +30,17 @@ def document(tmp_path, *entries, lists=None):
 
     body = ",\n".join(map(table, entries))
     path = tmp_path / "floors.toml"
-    path.write_text(f'lists = {table(lists or {})}\n[[issue]]\ntitle = "an issue"\nfloors = [\n{body}\n]\n')
+    issue = f'[[issue]]\ntitle = "an issue"\nfloors = [\n{body}\n]\n'
+    path.write_text(f'gpu = "a-gpu"\nlists = {table(lists or {})}\n{issue}')
     return path
 
 
-def results(machine_hash=HASH, other_machine=False, **rows):
+def results(machine_hash=HASH, other_machine=False, name="A GPU", **rows):
     """A results file with rows of one machine; the last row of another one if asked for."""
-    names = list(rows)
+    names, gpu = list(rows), {"name": name}
     machine = {name: "m" for name in names} | ({names[-1]: "n"} if other_machine else {})
     return {
-        "machines": {"m": {"content_hash": machine_hash}, "n": {"content_hash": HASH}},
+        "machines": {"m": {"content_hash": machine_hash, "gpu": gpu}, "n": {"content_hash": HASH, "gpu": gpu}},
         "rows": {name.replace("_", "/"): {**row, "machine": machine[name]} for name, row in rows.items()},
     }
 
@@ -99,8 +100,9 @@ def test_a_bad_entry_is_named(tmp_path, change, complaint):
     "text, complaint",
     [
         ("[[issue]", "floors.toml: "),
-        ("[[issues]]\n", "has [lists] and [[issue]] and nothing else, got issues"),
-        ('[[issue]]\ntitle = "x"\n', "issue 1 must have title and floors, got title"),
+        ("[[issues]]\n", "has gpu, [lists] and [[issue]] and nothing else, got issues"),
+        ("", "gpu must be a directory of benchmarks/results/, got None"),
+        ('gpu = "x"\n[[issue]]\ntitle = "x"\n', "issue 1 must have title and floors, got title"),
     ],
 )
 def test_a_file_of_another_form(tmp_path, text, complaint):
@@ -115,6 +117,7 @@ def test_the_committed_file_is_sound():
     found = floors.read()
     assert len({floor.issue for floor in found}) == 4
     assert len(found) == len(set(found)), "a floor twice"
+    assert {floor.gpu for floor in found} == {"nvidia-h100-80gb-hbm3"}
     for floor in found:
         assert "{" not in floor.what + floor.row + floor.metric
         assert floor.value >= 0
@@ -264,6 +267,77 @@ def test_what_a_row_says_needs_no_figure_of_the_other_but_present_code():
     assert floors.judge(UNLESS, results(), HASH).state == MISSING
 
 
+# Several GPUs
+
+
+@pytest.mark.parametrize(
+    "metric, times, is_time",
+    [
+        ("step_ms", None, True),
+        ("gpu_us", None, True),
+        ("gpu_us", "op/a/triton", False),
+        ("first_step_s", None, False),
+        ("step_over_bound", None, False),
+        ("times_stock", None, False),
+        ("of_copy", None, False),
+        ("peak_mib", None, False),
+        ("compilations_after", None, False),
+    ],
+)
+def test_what_counts_as_a_time_of_the_gpu(metric, times, is_time):
+    assert FLOOR._replace(metric=metric, times_row=times).is_time == is_time
+
+
+def of(metric, own, other, own_hash=HASH, other_hash=HASH):
+    """The verdict where the floors' GPU has measured ``own`` and another one ``other``; None: nothing."""
+
+    def found(value, code, name):
+        return results(code, name=name, **({} if value is None else {"block_a_ours": {metric: value}}))
+
+    both = {"b-gpu": found(other, other_hash, "GPU B"), "a-gpu": found(own, own_hash, "GPU A")}
+    return floors.judge_of(FLOOR._replace(metric=metric), both, HASH)
+
+
+@pytest.mark.parametrize("metric", ["step_ms", "over_bound"])
+@pytest.mark.parametrize("own, state", [(1.0, MET), (3.0, SHORT)])
+def test_present_figures_of_the_floors_gpu_count_first(metric, own, state):
+    verdict = of(metric, own, 1.5)
+    assert (verdict.state, verdict.found) == (state, own) and "GPU" not in verdict.note
+
+
+@pytest.mark.parametrize("own", [None, 1.0])
+@pytest.mark.parametrize("other, state, note", [(1.5, MET, "on GPU B"), (3.0, SHORT, "by 50.0 % on GPU B")])
+def test_a_ratio_of_another_gpu_settles_a_floor(own, other, state, note):
+    verdict = of("over_bound", own, other, own_hash="then")
+    assert (verdict.state, verdict.found, verdict.note) == (state, other, note)
+
+
+@pytest.mark.parametrize("own, older", [(None, ""), (1.75, "; GPU A: 1.75 on older code")])
+@pytest.mark.parametrize("other, note", [(1.5, "met on GPU B"), (3.0, "short on GPU B by 50.0 %")])
+def test_a_time_of_another_gpu_settles_none(own, older, other, note):
+    verdict = of("step_ms", own, other, own_hash="then")
+    assert (verdict.state, verdict.found, verdict.note) == (ELSEWHERE, other, note + older)
+
+
+def test_a_time_beside_another_row_of_its_run_is_a_ratio():
+    found = results(name="GPU B", op_a_cuda={"step_ms": 4.0}, op_a_triton={"step_ms": 5.0})
+    verdict = floors.judge_of(UNLESS, {"a-gpu": results(), "b-gpu": found}, HASH)
+    assert (verdict.state, verdict.note) == (MET, "on GPU B")
+    found["rows"]["op/a/triton"]["default_backend"] = "triton"
+    verdict = floors.judge_of(UNLESS, {"a-gpu": results(), "b-gpu": found}, HASH)
+    assert (verdict.state, verdict.note) == (MET, "default_backend is triton on GPU B")
+
+
+@pytest.mark.parametrize(
+    "own, other, found, note",
+    [(1.0, 1.5, 1.0, "was met"), (None, 1.5, 1.5, "was met on GPU B"), (None, None, None, "")],
+)
+def test_old_figures_of_several_gpus(own, other, found, note):
+    verdict = of("step_ms", own, other, own_hash="then", other_hash="then")
+    state = MISSING if found is None else STALE
+    assert (verdict.state, verdict.found, verdict.note) == (state, found, note or "no row")
+
+
 # The command
 
 
@@ -275,7 +349,7 @@ def measured(tmp_path, monkeypatch):
     (tmp_path / "results" / "a-gpu" / "block.json").write_text(json.dumps(found))
     path = document(tmp_path, ENTRY)
     slow = path.read_text().replace("an issue", "another issue").replace("block/a", "block/b")
-    path.write_text(path.read_text() + slow.partition("\n")[2])
+    path.write_text(path.read_text() + slow[slow.index("[[issue]]") :])
     read = floors.read
     monkeypatch.setattr(floors, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(floors, "read", lambda: read(path))
@@ -291,10 +365,27 @@ def test_exit_status(measured, capsys, issue, code):
     assert "step_ms" in out
 
 
+def test_another_gpu_is_named_and_nothing_of_it_is_plainly_met(measured, tmp_path, capsys):
+    (tmp_path / "results" / "cpu").mkdir()
+    (tmp_path / "results" / "b-gpu").mkdir()
+    found = results(name="GPU B", block_a_ours={"step_ms": 1.5})
+    (tmp_path / "results" / "b-gpu" / "block.json").write_text(json.dumps(found))
+    assert floors.main(["--issue", "an issue"]) == 0
+    assert "GPU B" not in capsys.readouterr().out
+    assert floors.main(["--issue", "an issue", "--gpu", "b-gpu"]) == 1
+    assert "elsewhere, met on GPU B" in (out := capsys.readouterr().out) and "0 met, 0 short, 1 elsewhere" in out
+    old = results("then", block_a_ours={"step_ms": 1.0})
+    (tmp_path / "results" / "a-gpu" / "block.json").write_text(json.dumps(old))
+    assert floors.main(["--issue", "an issue"]) == 1
+    assert "A GPU: 1 on" in (out := capsys.readouterr().out) and "1 elsewhere" in out
+    with pytest.raises(SystemExit):
+        floors.main(["--gpu", "cpu"])
+
+
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["--gpu", "b-gpu"], "no results of 'b-gpu'; there are those of a-gpu"),
+        (["--gpu", "c-gpu"], "no results of 'c-gpu'; there are those of a-gpu"),
         (
             ["--gpu", "a-gpu", "--issue", "nothing"],
             "no title has 'nothing'; the titles are\n  an issue\n  another issue",
@@ -308,8 +399,12 @@ def test_bad_arguments(measured, capsys, arguments, complaint):
     assert complaint in capsys.readouterr().err
 
 
-def test_a_log_has_every_name_in_full(capsys):
-    verdicts = [floors.Verdict(floor, MISSING, None, None, "no row") for floor in floors.read()]
+LONG = "short on NVIDIA H200 by 123.4 %; NVIDIA H100 80GB HBM3: 123.4 on older code"
+
+
+@pytest.mark.parametrize("state, note", [(MISSING, "no row"), (ELSEWHERE, LONG)])
+def test_a_log_has_every_name_in_full(capsys, state, note):
+    verdicts = [floors.Verdict(floor, state, None, None, note) for floor in floors.read()]
     floors.show(verdicts)
     out = capsys.readouterr().out
     assert "\u2026" not in out
