@@ -5,6 +5,7 @@ dtype of what they are given (fp64 for the truth, bf16 for "what plain torch wou
 library: T tokens, K experts per token, R = T*K routed rows, E experts, D hidden, I intermediate, N = 2I or I.
 """
 
+import collections
 import itertools
 import zlib
 from typing import NamedTuple
@@ -143,6 +144,8 @@ def activate(h: Tensor, activation: str, interleaved: bool = False) -> Tensor:
 # Routing
 
 ROUTINGS = ("uniform", "all_to_one", "empty", "sentinels", "duplicates", "all_dropped")
+#: Beside those, where many random cases are drawn: experts wanted as words of a language are, p ~ rank ** -1.2.
+SKEWED = (*ROUTINGS, "zipf")
 
 
 def make_indices(case: Case, generator: torch.Generator) -> Tensor:
@@ -166,6 +169,9 @@ def make_indices(case: Case, generator: torch.Generator) -> Tensor:
             return torch.where(drop, outside, distinct)
         case "duplicates":
             return repeated
+        case "zipf":  # the first K of a draw without replacement, by exponential clocks
+            clocks = -torch.rand(T, E, generator=generator).log() * torch.arange(1, E + 1) ** 1.2
+            return clocks.argsort(-1)[:, :K] if K <= E else repeated
         case "all_dropped":
             return torch.where(repeated % 2 == 0, -1, E)
     raise ValueError(case.routing)
@@ -187,7 +193,8 @@ def naive_rows(indices_TK: Tensor, num_experts: int) -> Rows:
 
 def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int) -> RoutingPlan:
     rows = naive_rows(indices_TK, num_experts)
-    offsets = [0, *itertools.accumulate(rows.experts.count(e) for e in range(num_experts))]
+    counts = collections.Counter(rows.experts)
+    offsets = [0, *itertools.accumulate(counts[e] for e in range(num_experts))]
     positions = [-1] * indices_TK.numel()
     for position, slot in enumerate(rows.slots):
         positions[slot] = position
@@ -213,21 +220,36 @@ def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int) -> RoutingPla
 
 
 class Problem:
-    """Random unit-scale tensors of a case and everything the formulas need to know about its routing."""
+    """Random unit-scale tensors of a case and everything the formulas need to know about its routing.
 
-    def __init__(self, case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    The tensors come from ``generator``, by default one on the CPU, with which they are the same on every device; one
+    on the GPU is faster.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ):
         self.case = case
-        generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+        chooser = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
+        generator = chooser if generator is None else generator
 
         def normal(*shape, scale=1.0):
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
+            numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device=generator.device)
+            return (numbers * scale).to(device, dtype)
 
         T, K, E, D, I, N = case.T, case.K, case.E, case.D, case.I, case.N  # noqa: E741
-        self.indices = make_indices(case, generator).to(device)
+        self.indices = make_indices(case, chooser).to(device)
         self.rows = naive_rows(self.indices, E)
         self.plan = naive_plan(self.indices, E, case.block_m)
         self.kept = len(self.rows.slots)
-        self.expert_r = torch.tensor(self.rows.experts, dtype=torch.int64, device=device)
+        counts = collections.Counter(self.rows.experts)
+        ends = itertools.accumulate(counts[e] for e in range(E))
+        #: (expert, its rows), without experts that have none
+        self.spans = [(e, slice(end - counts[e], end)) for e, end in enumerate(ends) if counts[e]]
         self.slot_r = torch.tensor(self.rows.slots, dtype=torch.int64, device=device)
         self.token_r = self.slot_r // max(K, 1)
 
@@ -256,11 +278,10 @@ def gate_up(p: Problem, x, w, bias) -> tuple[Tensor, Tensor]:
 
 def grouped_gemm(p: Problem, a, w, bias, trans_w) -> Tensor:
     y = a.new_zeros(p.kept, w.shape[1 if trans_w else 2])
-    for e in range(w.shape[0]):
-        mine = p.expert_r == e
-        y[mine] = a[: p.kept][mine] @ (w[e].T if trans_w else w[e])
+    for e, rows in p.spans:
+        y[rows] = a[rows] @ (w[e].T if trans_w else w[e])
         if bias is not None:
-            y[mine] += bias[e]
+            y[rows] += bias[e]
     return y
 
 
@@ -282,18 +303,18 @@ def grouped_wgrad(p: Problem, lhs, rhs) -> tuple[Tensor, Tensor]:
     """``lhs`` and ``rhs`` are rows in expert order here: the test gathers."""
     E = p.case.E
     dw, db = lhs.new_zeros(E, lhs.shape[1], rhs.shape[1]), lhs.new_zeros(E, lhs.shape[1])
-    for e in range(E):
-        mine = p.expert_r == e
-        dw[e] = lhs[: p.kept][mine].T @ rhs[: p.kept][mine]
-        db[e] = lhs[: p.kept][mine].sum(0)
+    for e, rows in p.spans:
+        dw[e] = lhs[rows].T @ rhs[rows]
+        db[e] = lhs[rows].sum(0)
     return dw, db
 
 
 def combine(p: Problem, y, weights, residual) -> Tensor:
     out = y.new_zeros(p.case.T, y.shape[1]) if residual is None else residual.clone()
-    for row, slot in enumerate(p.rows.slots):
-        t, k = divmod(slot, p.case.K)
-        out[t] += y[row] if weights is None else weights[t, k].to(y.dtype) * y[row]
+    y = torch.cat([y[: p.kept], torch.zeros_like(out[:1])])  # what position -1 reads
+    for k, positions in enumerate(p.plan.positions_TK.long().unbind(1)):
+        rows = y[positions]
+        out += rows if weights is None else torch.where(positions < 0, 0, weights[:, k]).to(y.dtype)[:, None] * rows
     return out
 
 

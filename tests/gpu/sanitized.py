@@ -1,0 +1,215 @@
+"""Every CUDA kernel on a few dozen small, awkward problems, their results asserted: what the sanitizers watch.
+
+    python -m tests.gpu.sanitized [NAME ...]
+
+A NAME is an op, or "hopper" for the products of a layer; all by default. tests/gpu/test_sanitizers.py runs it.
+
+Only our kernels are instrumented: torch's are many. So initcheck does not see what torch's kernels write, only copies
+from the host, and every input is one. Nor does it see, before 2025.4, what the copy engine writes: results are not
+copied to the host as they are, but added by a kernel of torch's to zeros that came from the host.
+"""
+
+import copy
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_kernels import backends, use_backend
+from moe_kernels.functional import RoutingPlan
+from tests import helpers
+from tests.gpu import hopper, soak
+from tests.gpu.hopper import BF16, How
+from tests.helpers import LAYOUTS, Case, Problem, assert_close
+from tests.ops import test_combine, test_decode_experts
+from tests.ops.test_routing_plan import assert_same_plan
+
+ops = torch.ops.moe_kernels
+FP16, FP32 = torch.float16, torch.float32
+
+
+def sent(value):
+    """On the GPU, by copies from the host alone."""
+    if isinstance(value, Problem):
+        moved = copy.copy(value)
+        vars(moved).update({name: sent(each) for name, each in vars(value).items()})
+        return moved
+    if isinstance(value, RoutingPlan):
+        return RoutingPlan(*map(sent, value))
+    return value.cuda() if isinstance(value, Tensor) else value
+
+
+def back(result: Tensor) -> Tensor:
+    """On the host; see the head of this file."""
+    zeros = torch.zeros(result.shape, dtype=result.dtype).cuda()
+    return torch.add(result, zeros, out=zeros).cpu()
+
+
+# The products of a layer
+
+EVERYTHING = How(bias=True, bias_down=True, over_h=True, sums=True, ungathered=True)
+HOPPER = [
+    (Case(1, 1, 1, 64, 8), How()),  # one row, one step, one piece of a chunk; a pair with an unused tile
+    (Case(129, 1, 1, 128, 64), EVERYTHING),  # one row in the second tile of a pair
+    (Case(64, 1, 1, 192, 256), How(transposed=True)),  # the second consumer has no rows
+    (Case(260, 2, 3, 320, 136), How(wgrad_dtype=FP32, sums=True)),  # pairs of two experts, columns past a tile
+    (Case(60, 4, 40, 256, 72), How(transposed=True, ungathered=True)),  # most experts less than a tile
+    (Case(150, 2, 6, 128, 136, routing="all_to_one"), EVERYTHING),
+    (Case(150, 2, 9, 128, 72, routing="empty"), EVERYTHING._replace(wgrad_dtype=FP32)),
+    (Case(150, 3, 5, 128, 72, routing="sentinels"), How(stored="a", weights_dtype=FP32)),
+    (Case(100, 2, 4, 128, 72, routing="all_dropped"), EVERYTHING),
+    (Case(700, 4, 12, 64, 520), How()),  # more tiles than a cluster's ring has places
+    *[
+        (
+            Case(140, 2, 3, 64, 72, activation, interleaved=interleaved),
+            How(transposed=i % 2 == 0, bias=i % 4 < 2, stored=("both", "h", "a")[i % 3]),
+        )
+        for i, (activation, interleaved) in enumerate(LAYOUTS)
+    ],
+]
+
+
+def run_hopper() -> Iterator[str]:
+    for case, how in HOPPER:
+        case = case._replace(block_m=128)
+        p = Problem(case, dtype=BF16)
+        if how.transposed:
+            hopper.transpose_weights(p)
+        p.weights = p.weights.to(how.weights_dtype)
+        ours = {name: back(result) for name, result in hopper.products(sent(p), how).items()}
+        hopper.check_results(p, how, ours)
+        yield f"{case} {how}"
+
+
+# The other kernels
+
+PLANS = [
+    Case(63, 2, 8, 0, 0, block_m=16),
+    Case(1, 1, 1, 0, 0, block_m=16),
+    Case(257, 8, 128, 0, 0, block_m=32),
+    Case(129, 3, 9, 0, 0, routing="empty", block_m=128),
+    Case(77, 6, 5, 0, 0, routing="duplicates", block_m=16),
+    Case(33, 2, 4, 0, 0, routing="all_dropped", block_m=64),
+    Case(300, 1, 513, 0, 0, routing="sentinels", block_m=128),
+    Case(2000, 8, 64, 0, 0, block_m=128),  # more slots than a chunk
+]
+
+
+def run_routing_plan() -> Iterator[str]:
+    for case in PLANS:
+        indices = helpers.make_indices(case, torch.Generator().manual_seed(case.T))
+        for ids in (torch.int32, torch.int64):
+            found = ops.routing_plan(indices.to(ids).cuda(), case.E, case.block_m)
+            assert_same_plan([back(each) for each in found], helpers.naive_plan(indices, case.E, case.block_m))
+            yield f"{case} {ids}"
+
+
+COMBINES = [
+    Case(1, 1, 1, 8, 8),
+    Case(65, 3, 9, 200, 8, routing="sentinels"),
+    Case(17, 2, 4, 40, 8, routing="all_dropped"),
+    Case(33, 8, 16, 1032, 8, routing="duplicates"),
+    Case(5, 10, 12, 72, 8),
+]
+
+
+def run_combine() -> Iterator[str]:
+    for i, case in enumerate(COMBINES):
+        for j, dtype in enumerate((BF16, FP16, FP32)):
+            p = Problem(case, dtype=dtype)
+            weights = (None, p.weights, p.weights.float())[(i + j) % 3]
+            residual = p.residual if i % 2 else None
+            moved, (w, r) = sent(p), map(sent, (weights, residual))
+            out = torch.full_like(p.x, torch.nan).cuda()
+            out = back(test_combine.run(moved, moved.y, w, r, out))
+            inputs = p.y, weights, residual
+            assert_close(out, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+            yield f"{case} {dtype}"
+
+
+DECODES = [
+    Case(1, 8, 64, 256, 72),
+    Case(2, 1, 1, 256, 8),
+    Case(7, 4, 64, 64, 200, routing="duplicates"),
+    Case(40, 2, 4, 328, 136),
+    Case(100, 3, 9, 200, 72, routing="sentinels"),
+    Case(90, 2, 4, 72, 24, routing="all_to_one"),
+    Case(17, 2, 4, 40, 8, routing="all_dropped"),
+    *[Case(9, 2, 6, 136, 72, activation, interleaved=interleaved) for activation, interleaved in LAYOUTS],
+]
+
+
+def run_decode_experts() -> Iterator[str]:
+    for i, case in enumerate(DECODES):
+        p = Problem(case, dtype=(BF16, FP16)[i % 2])
+        weights, indices = (p.weights, p.weights.float())[i // 2 % 2], p.indices.to((torch.int64, torch.int32)[i % 2])
+        bias = i % 3 > 0
+        out = test_decode_experts.run(sent(p), bias=bias, indices=sent(indices), weights=sent(weights))
+        biases = (p.bias_gate_up, p.bias_down) if bias else (None, None)
+        inputs = p.x, weights, p.w_gate_up, p.w_down, *biases
+        assert_close(back(out), soak.decoded(p, *helpers.doubled(*inputs)), soak.decoded(p, *inputs))
+        yield f"{case} {p.x.dtype}"
+
+
+ROUTES = [(1, 8, 2, 1, 1), (65, 128, 8, 1, 1), (33, 256, 8, 8, 4), (130, 511, 22, 1, 1)]  # T, E, K, groups
+
+
+def run_topk_route() -> Iterator[str]:
+    """Logits that lie apart and are the same numbers in every dtype: no rounding decides."""
+    generator = torch.Generator().manual_seed(0)
+    for i, (T, E, K, groups, kept) in enumerate(ROUTES):
+        logits = (torch.rand(T, E, generator=generator).argsort(-1) - E // 2) / 64
+        logits, scoring = logits.to((BF16, FP32)[i % 2]), ("softmax", "sigmoid")[i // 2 % 2]
+        rule = scoring, False, True, 1e-20, 1.0
+        forward = [logits, None, K, *rule, groups, kept]
+        with use_backend("reference"):
+            weights, indices = ops.topk_route(*forward)
+            d_logits = ops.topk_route_bwd(weights, logits, indices, *rule)
+            exact = ops.topk_route_bwd(weights, logits.double(), indices, *rule)
+        found = ops.topk_route(*map(sent, forward))
+        assert torch.equal(back(found[1]), indices), "other experts"
+        assert_close(back(found[0]), weights.double(), weights, "weights")
+        if "topk_route_bwd" in backends.IMPLEMENTS["cuda"]:
+            found = ops.topk_route_bwd(*map(sent, (weights, logits, indices)), *rule)
+            assert_close(back(found), exact, d_logits, "d_logits")
+        yield f"T{T}-E{E}-K{K} {logits.dtype}"
+
+
+class Calls(TorchDispatchMode):
+    """Counts the library's ops on the GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        on_gpu = any(isinstance(each, Tensor) and each.is_cuda for each in args)
+        self.count += getattr(function, "namespace", None) == "moe_kernels" and on_gpu
+        return function(*args, **(kwargs or {}))
+
+
+RUNS = {
+    "hopper": run_hopper,
+    "routing_plan": run_routing_plan,
+    "combine": run_combine,
+    "decode_experts": run_decode_experts,
+    "topk_route": run_topk_route,
+}
+
+
+def main(names: Sequence[str]) -> None:
+    start = time.perf_counter()
+    with Calls() as calls, use_backend("cuda"):
+        for name in names or RUNS:
+            if (reason := soak.why_not(name)) is not None:
+                print(f"{name}: left out, {reason}", flush=True)
+                continue
+            for case in RUNS[name]():
+                print(f"{time.perf_counter() - start:6.1f} s  {name} {case}", flush=True)
+    torch.cuda.synchronize()
+    print(f"{calls.count} calls")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
