@@ -487,14 +487,15 @@ def test_a_width_no_kernel_takes():
 
 
 def test_an_op_may_ask_its_backends_in_another_order(monkeypatch):
-    """A kernel that was not measured yet runs where it is forced, and where what comes before it can't."""
-    declines = {"triton": None, "cuda": None, "reference": None}
+    """By what is asked for; a forced backend runs all the same."""
+    declines = dict.fromkeys(backends.ORDER)
     monkeypatch.setattr(backends, "why_not", lambda backend, op, problem: declines[backend])
     resolve = backends._resolve.__wrapped__
-    problem = backends.Problem(torch.device("cpu"), torch.float32, ())
-    for op in backends.OPS:
-        assert sorted(backends.order(op)) == sorted(backends.ORDER)
-    for op, order in backends.ORDER_OF.items():
+    plain = backends.Problem(torch.device("cpu"), torch.float32, ())
+    for (op, trait), order in backends.ORDER_WITH.items():
+        problem = plain._replace(traits=("another", trait))
+        assert sorted(order) == sorted(backends.ORDER) and op in backends.OPS
+        assert resolve(op, plain, None).backend == backends.ORDER[0]
         assert resolve(op, problem, None).backend == order[0]
         assert resolve(op, problem, "cuda").backend == "cuda"
         declines[order[0]] = "not here"

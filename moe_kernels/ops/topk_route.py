@@ -105,11 +105,12 @@ def _fake(logits, bias, top_k, *rule):
     )
 
 
-def _problem(logits: torch.Tensor, top_k: int) -> Problem:
+def _problem(logits: torch.Tensor, top_k: int, num_groups: int = 1) -> Problem:
     """Triton holds any number of experts; the limits of the CUDA kernels are those of the routers there are."""
     experts = logits.shape[1]
     traits = [f"{experts} experts"] if experts > 1024 else []
     traits += [f"top_k {top_k}"] if top_k > 32 else []
+    traits += ["groups"] if num_groups > 1 else []
     return Problem(logits.device, logits.dtype, (), traits=tuple(traits))
 
 
@@ -120,7 +121,9 @@ define(
     "ScalarType? weights_dtype=None) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    problem=lambda logits, bias, top_k, *_: _problem(logits, top_k),
+    problem=lambda logits, bias, top_k, scoring, after, renormalize, epsilon, scale, num_groups, *_: _problem(
+        logits, top_k, num_groups
+    ),
 )
 define(
     "topk_route_bwd(Tensor d_weights, Tensor logits, Tensor indices, str scoring, bool score_after_topk, "

@@ -135,7 +135,7 @@ def test_more_equal_logits_than_a_list_holds(poison, experts, top_k, biased, dty
     bias = torch.arange(experts, device="cuda") % 2 / 4 if biased else None
     _, indices = topk_route(logits, top_k, score_after_topk=True, selection_bias_E=bias)
     choice = logits.float() if bias is None else logits.float() + bias
-    assert torch.equal(indices, choice.argsort(-1, descending=True, stable=True)[:, :top_k])
+    assert torch.equal(indices, choice.argsort(dim=-1, descending=True, stable=True)[:, :top_k])
 
 
 def test_more_than_2_31_logits():

@@ -29,7 +29,8 @@ def supports(op: str, problem) -> str | None:
     if op == "decode_experts":
         return _decode(problem)
     if op in ("topk_route", "topk_route_bwd"):
-        return f"no kernel for {', '.join(problem.traits)}" if problem.traits else None
+        refused = [trait for trait in problem.traits if trait != "groups"]
+        return f"no kernel for {', '.join(refused)}" if refused else None
     return _hopper(op, problem) if op in _HOPPER else None
 
 
