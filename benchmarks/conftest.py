@@ -3,11 +3,14 @@
     pytest benchmarks                            everything, one GPU
     pytest benchmarks --no-peers                 without third-party kernels, which take minutes to tune themselves
     pytest benchmarks/test_ops.py --shape NAME   other shapes; may be given more than once
+    pytest benchmarks --all-shapes               ours on every shape: experts and row products
+    pytest benchmarks/test_peers.py --peer-minutes 2   what a peer may take to tune itself, for each shape
 
 Rows go to ``benchmarks/results/<gpu>/``; a run of some tests replaces their rows and leaves the others.
 """
 
 import os
+from collections.abc import Iterable, Mapping
 
 # Inductor compiles one block here: its pool of compile processes costs more to start, and to end, than it saves.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
@@ -17,13 +20,27 @@ import torch
 
 from moe_kernels.bench.results import results_dir
 from moe_kernels.bench.session import Session
-from moe_kernels.bench.shapes import DEFAULT_SHAPES, SHAPES
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, OTHERS, SHAPES, Shape
+
+LAYERS = SHAPES | OTHERS
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("moe_kernels")
-    group.addoption("--shape", action="append", choices=SHAPES, help="layer shape; may be given more than once")
+    group.addoption("--shape", action="append", choices=LAYERS, help="layer shape; may be given more than once")
+    group.addoption("--all-shapes", action="store_true", help="experts and row products on every shape, ours alone")
     group.addoption("--no-peers", action="store_true", help="leave third-party kernels out")
+    group.addoption(
+        "--peer-minutes",
+        type=float,
+        metavar="M",
+        help="minutes that the first call of a third-party kernel may take on a shape; default: its own",
+    )
+
+
+def shapes_of(config, default: Iterable[str], table: Mapping[str, Shape] = SHAPES) -> list[Shape]:
+    """The shapes that are asked for, of those that a benchmark can run on; by default others."""
+    return [table[name] for name in config.getoption("shape") or default if name in table]
 
 
 def pytest_configure(config):

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import GPU, GPU_BEFORE
 from moe_kernels.bench import results
 from moe_kernels.bench.results import ROOT
-from moe_kernels.bench.shapes import SHAPES
+from moe_kernels.bench.shapes import DEFAULT_SHAPES, SHAPES
 from moe_kernels.cli import charts
 
 README = ROOT / "README.md"
@@ -26,6 +26,8 @@ BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- 
 #: Implementations of the block that the README shows, with peers between them.
 STOCK, OURS = "grouped_mm", "moe_kernels"
 _WIDTH = 140
+#: Layers beyond those measured by default that are listed one by one.
+_MOST_OTHERS = 2
 
 
 def measured(directory: Path, before: Path | None = None) -> str:
@@ -200,7 +202,7 @@ def _experts(block: dict, used: _Used) -> list[str]:
     uniform = {shape: row for shape, row in uniform.items() if "step_over_bound" in row}
     if not uniform:
         return []
-    over = ", ".join(f"{shape} {row['step_over_bound']:.2f}" for shape, row in uniform.items())
+    over = _few({shape: row["step_over_bound"] for shape, row in uniform.items()})
     text = (
         "Our experts alone, with the routing given, forward and backward, as a multiple of the time of their bare "
         f"products and sums: {over}{used.note(_machine(block, row) for row in uniform.values())}."
@@ -217,6 +219,16 @@ def _experts(block: dict, used: _Used) -> list[str]:
         note = used.note(_machine(block, row) for row in skewed_rows)
         text += f" With skewed routing, as a multiple of their time on uniform routing: {'; '.join(skewed)}{note}."
     return [_filled(text)]
+
+
+def _few(figures: dict[str, float]) -> str:
+    """Those of the layers that are measured by default; of others, if there are many, the least and the greatest."""
+    said = {shape: f"{shape} {figure:.2f}" for shape, figure in figures.items()}
+    others = sorted((shape for shape in figures if shape not in DEFAULT_SHAPES), key=figures.get)
+    if len(others) > _MOST_OTHERS:
+        between = f"{len(others)} other layers from {said[others[0]]} to {said[others[-1]]}"
+        said = {shape: text for shape, text in said.items() if shape not in others} | {"others": between}
+    return ", ".join(said.values())
 
 
 #: Columns of the families: whose row, what it shows, how, and its heading.

@@ -1,23 +1,34 @@
-"""The MoE block of Qwen3 and its experts alone, forward and backward, beside stock: block.json."""
+"""The MoE block of Qwen3 and its experts alone, forward and backward, beside stock: block.json.
+
+``--all-shapes``: the experts on every shape, ours alone and on uniform routing, about 3 s each.
+"""
 
 import pytest
 
+from benchmarks.conftest import shapes_of
 from moe_kernels.bench import block
-from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
+from moe_kernels.bench.shapes import ALL_SHAPES, DEFAULT_SHAPES, ROUTINGS
 
 pytestmark = pytest.mark.gpu
 
 
 def pytest_generate_tests(metafunc):
+    what, config = metafunc.function.__name__.removeprefix("test_"), metafunc.config
     cases = []
-    for name in metafunc.config.getoption("shape") or DEFAULT_SHAPES:
-        for case, reason in block.left_out(SHAPES[name]):
+    if what == "experts" and config.getoption("all_shapes"):
+        cases = [pytest.param(case, id=case.name) for case in map(block.ours, shapes_of(config, ALL_SHAPES))]
+    for shape in () if cases else shapes_of(config, DEFAULT_SHAPES):
+        for case, reason in block.left_out(shape):
             cases.append(pytest.param(case, id=case.name, marks=pytest.mark.skip(reason=reason)))
         # Skewed routings cost as much as uniform ones: one shape shows what they do.
-        routings = ROUTINGS if name == DEFAULT_SHAPES[0] else ROUTINGS[:1]
-        cases += [pytest.param(case, id=case.name) for case in block.cases(SHAPES[name], routings)]
-    metafunc.parametrize("case", cases)
+        routings = ROUTINGS if shape.name == DEFAULT_SHAPES[0] else ROUTINGS[:1]
+        cases += [pytest.param(case, id=case.name) for case in block.cases(shape, routings)]
+    metafunc.parametrize("case", [case for case in cases if case.values[0].what == what])
 
 
 def test_block(session, timed, case):
+    timed(*block.run(session, case))
+
+
+def test_experts(session, timed, case):
     timed(*block.run(session, case))

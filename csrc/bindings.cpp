@@ -19,6 +19,8 @@
 #include "routing_plan.h"
 #include "row_sums.h"
 #include "tile.h"
+#include "topk_route.h"
+#include "topk_route_bwd.h"
 #include "weights.h"
 
 namespace py = pybind11;
@@ -54,6 +56,70 @@ void bind_routing_plan(py::module_& m) {
         },
         py::kw_only(), "indices"_a, "index_bytes"_a, "num_slots"_a, "num_experts"_a, "block_m"_a, "num_tiles"_a,
         "workspace"_a, "offsets"_a, "slots"_a, "positions"_a, "tiles"_a, "stream"_a);
+}
+
+void bind_topk_route(py::module_& m) {
+    m.attr("SCORINGS") =
+        py::dict("softmax"_a = static_cast<int>(Scoring::kSoftmax), "sigmoid"_a = static_cast<int>(Scoring::kSigmoid),
+                 "sqrtsoftplus"_a = static_cast<int>(Scoring::kSqrtSoftplus));
+    py::class_<RouteRule>(m, "RouteRule")
+        .def(py::init([](int scoring, bool after, bool renormalize, float epsilon, float scale, float min_sum,
+                         float soft_cap, int step) {
+                 return RouteRule{static_cast<Scoring>(scoring), after, renormalize, epsilon, scale, min_sum, soft_cap,
+                                  static_cast<DType>(step)};
+             }),
+             py::kw_only(), "scoring"_a, "after"_a, "renormalize"_a, "epsilon"_a, "scale"_a, "min_sum"_a, "soft_cap"_a,
+             "step"_a);
+    m.def(
+        "topk_route",
+        [](uintptr_t weights, int weights_dtype, uintptr_t indices, uintptr_t logits, int64_t logits_stride,
+           int logits_dtype, uintptr_t bias, int bias_dtype, int64_t tokens, int num_experts, int top_k, int num_groups,
+           int top_groups, bool group_max, bool losers_zero, int step_choice, const RouteRule& rule, uintptr_t stream) {
+            RouteArguments a{};
+            a.weights = pointer<void>(weights);
+            a.indices = pointer<int64_t>(indices);
+            a.logits = pointer<const void>(logits);
+            a.bias = pointer<const void>(bias);
+            a.logits_stride = logits_stride;
+            a.tokens = tokens;
+            a.num_experts = num_experts;
+            a.top_k = top_k;
+            a.num_groups = num_groups;
+            a.top_groups = top_groups;
+            a.group_max = group_max;
+            a.losers_zero = losers_zero;
+            a.logits_dtype = static_cast<DType>(logits_dtype);
+            a.bias_dtype = static_cast<DType>(bias_dtype);
+            a.weights_dtype = static_cast<DType>(weights_dtype);
+            a.step_choice = static_cast<DType>(step_choice);
+            a.rule = rule;
+            topk_route(a, stream_of(stream));
+        },
+        py::kw_only(), "weights"_a, "weights_dtype"_a, "indices"_a, "logits"_a, "logits_stride"_a, "logits_dtype"_a,
+        "bias"_a, "bias_dtype"_a, "tokens"_a, "num_experts"_a, "top_k"_a, "num_groups"_a, "top_groups"_a, "group_max"_a,
+        "losers_zero"_a, "step_choice"_a, "rule"_a, "stream"_a);
+    m.def(
+        "topk_route_bwd",
+        [](uintptr_t d_logits, int64_t d_logits_stride, uintptr_t d_weights, int d_weights_dtype, uintptr_t logits,
+           int64_t logits_stride, int logits_dtype, uintptr_t indices, int64_t tokens, int num_experts, int top_k,
+           const RouteRule& rule, uintptr_t stream) {
+            RouteBackwardArguments a{};
+            a.d_logits = pointer<void>(d_logits);
+            a.d_weights = pointer<const void>(d_weights);
+            a.logits = pointer<const void>(logits);
+            a.indices = pointer<const int64_t>(indices);
+            a.d_logits_stride = d_logits_stride;
+            a.logits_stride = logits_stride;
+            a.tokens = tokens;
+            a.num_experts = num_experts;
+            a.top_k = top_k;
+            a.logits_dtype = static_cast<DType>(logits_dtype);
+            a.d_weights_dtype = static_cast<DType>(d_weights_dtype);
+            a.rule = rule;
+            topk_route_bwd(a, stream_of(stream));
+        },
+        py::kw_only(), "d_logits"_a, "d_logits_stride"_a, "d_weights"_a, "d_weights_dtype"_a, "logits"_a,
+        "logits_stride"_a, "logits_dtype"_a, "indices"_a, "tokens"_a, "num_experts"_a, "top_k"_a, "rule"_a, "stream"_a);
 }
 
 void bind_combine(py::module_& m) {
@@ -253,6 +319,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("driver_version", &driver_version,
           "CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver.");
     bind_routing_plan(m);
+    bind_topk_route(m);
     bind_combine(m);
     bind_weights(m);
     bind_decode_experts(m);

@@ -51,6 +51,14 @@ struct Needs {
         stride(name, row_stride, rows, element_bytes);
     }
 
+    // Memory that is read or written four elements at a time.
+    void quads(const char* name, const void* data, int64_t row_stride, int64_t rows, int element_bytes) const {
+        if (rows == 0) return;
+        present(name, data);
+        require(reinterpret_cast<uintptr_t>(data) % (4 * element_bytes) == 0 && (rows <= 1 || row_stride % 4 == 0), op,
+                ": ", name, " must have rows that start at multiples of 4 elements, its stride is ", row_stride);
+    }
+
     // Of 16-bit elements.
     void weights(const Weights& w, int num_experts, int64_t rows, int64_t columns) const {
         aligned("w", w.data);

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_kernels import backends, use_backend
+from moe_kernels.backends import cuda
 from moe_kernels.functional import grouped_gemm, moe_experts, permute, routing_plan, topk_route, unpermute
 from tests.helpers import Case, Problem, op_arguments
 
@@ -473,8 +474,8 @@ def test_a_forced_backend_that_cannot_run_raises_with_the_reason(backend):
 
 def test_a_forced_backend_is_taken_only_for_the_ops_it_has(monkeypatch):
     monkeypatch.setenv("MOE_KERNELS_BACKEND", "cuda")
-    assert "topk_route" not in backends.IMPLEMENTS["cuda"]
-    topk_route(P.x[:, :4], 2)
+    assert "permute" not in backends.IMPLEMENTS["cuda"]
+    torch.ops.moe_kernels.permute(*op_arguments("permute", P))
 
 
 def test_a_width_no_kernel_takes():
@@ -483,6 +484,36 @@ def test_a_width_no_kernel_takes():
     assert choice.backend == "reference"
     assert [backend for backend, _ in choice.passed_over] == ["cuda", "triton"]
     assert all(reason for _, reason in choice.passed_over)
+
+
+def test_an_op_may_ask_its_backends_in_another_order(monkeypatch):
+    """By what is asked for; a forced backend runs all the same."""
+    declines = dict.fromkeys(backends.ORDER)
+    monkeypatch.setattr(backends, "why_not", lambda backend, op, problem: declines[backend])
+    resolve = backends._resolve.__wrapped__
+    plain = backends.Problem(torch.device("cpu"), torch.float32, ())
+    for (op, trait), order in backends.ORDER_WITH.items():
+        problem = plain._replace(traits=("another", trait))
+        assert sorted(order) == sorted(backends.ORDER) and op in backends.OPS
+        assert resolve(op, plain, None).backend == backends.ORDER[0]
+        assert resolve(op, problem, None).backend == order[0]
+        assert resolve(op, problem, "cuda").backend == "cuda"
+        declines[order[0]] = "not here"
+        assert resolve(op, problem, None).backend == order[1]
+        declines[order[0]] = None
+
+
+@pytest.mark.parametrize("experts,top_k,trait", [(1032, 4, "1032 experts"), (64, 40, "top_k 40")])
+def test_routers_beyond_the_cuda_kernel(monkeypatch, experts, top_k, trait):
+    monkeypatch.setattr(cuda._extension, "unavailable", lambda: None)
+    monkeypatch.setattr(cuda, "_device", lambda device: None)
+    monkeypatch.setattr(cuda._extension, "dtype_codes", lambda: {torch.float32: 1})
+    rule = "softmax", False, False, 0.0, 1.0
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=f"no kernel for {trait}"):
+        torch.ops.moe_kernels.topk_route(torch.zeros(2, experts), None, top_k, *rule, 1, 1)
+    indices = torch.arange(top_k).expand(2, top_k)
+    with use_backend("cuda"), pytest.raises(RuntimeError, match=f"no kernel for {trait}"):
+        torch.ops.moe_kernels.topk_route_bwd(torch.zeros(2, top_k), torch.zeros(2, experts), indices, *rule)
 
 
 def test_use_backend_nests_and_restores():

@@ -5,8 +5,6 @@ And the door to the extension, on any machine: what it says where it can't be us
 
 import ctypes
 import re
-import shutil
-import subprocess
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,22 +17,14 @@ from moe_kernels.backends.cuda import _extension
 from moe_kernels.backends.cuda import d_activation as cuda_d_activation
 from moe_kernels.backends.cuda import grouped_gemm as cuda_grouped_gemm
 from moe_kernels.ops._contract import ACTIVATIONS
+from tests.nvcc import CSRC, needs_nvcc, nvcc
 
 ROOT = Path(__file__).parents[1]
-CSRC = ROOT / "csrc"
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
 ARCHS = re.search(r'DEFAULT_ARCHS "([\d;a]+)"', CMAKE)[1].split(";")
 KERNEL_FILES = sorted(path.name for path in CSRC.glob("*.cu"))
 HOPPER_FILES = set(re.findall(r"csrc/(\w+\.cu)", re.search(r"set\(SM90_SOURCES(.*?)\)", CMAKE, re.DOTALL)[1]))
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-
-
-def nvcc(*arguments) -> str:
-    command = ["nvcc", "-std=c++17", "-O3", "-I", str(CSRC), "-Werror", "all-warnings", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+PTX_TESTS = ROOT / "tests" / "gpu" / "ptx"
 
 
 # The sources
@@ -66,6 +56,31 @@ def test_compiles_for_every_architecture_without_spills(name, tmp_path):
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(spills) >= len(archs)
     assert set(spills) == {("0", "0", "0")}, report
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name for path in PTX_TESTS.glob("*.cu")))
+def test_kernels_of_the_ptx_tests_compile(name, tmp_path):
+    nvcc("-c", "-gencode=arch=compute_90a,code=sm_90a", PTX_TESTS / name, "-o", tmp_path / "kernels.o")
+
+
+def test_every_ptx_wrapper_has_its_test():
+    """By name, on any machine: a kernel in tests/gpu/ptx uses it. tests/gpu/test_ptx.py runs them on Hopper."""
+    tested = "".join(re.sub(r"//.*", "", path.read_text()) for path in PTX_TESTS.iterdir())
+    for path in (CSRC / "ptx").glob("*.cuh"):
+        code = re.sub(r"//.*", "", path.read_text())
+        functions = re.findall(r"__device__ __forceinline__ \w+ (\w+)\(", code)
+        assert functions and len(functions) == code.count("__device__"), path.name
+        names = [name for name in functions if name != "run"]  # that of Wgmma, by its types and widths:
+        names += [f"Wgmma<{of}" for of in re.findall(r"struct Wgmma<(\w+, \d+),", code)]
+        assert not [name for name in names if not re.search(rf"ptx::{name}\b", tested)], path.name
+
+
+def test_every_kernel_of_the_ptx_tests_is_run():
+    launchers = set(re.findall(r"^const char\* (\w+)\(", "".join(map(Path.read_text, PTX_TESTS.glob("*.cu"))), re.M))
+    run = set(re.findall(r'run\("(\w+)"', (PTX_TESTS.parent / "test_ptx.py").read_text()))
+    assert launchers and launchers == run
 
 
 @needs_nvcc

@@ -167,6 +167,22 @@ def test_experts_and_decode_are_said_where_measured(tmp_path):
     assert "T = 1 0.10 ms (0.20), T = 8 0.10 ms (0.20), T = 256 0.10 ms (0.20)." in text
 
 
+def test_of_many_layers_only_a_few_are_said_one_by_one(tmp_path):
+    row = {"step_over_bound": 1.2}
+    more = {"dsv3-ep8": 1.3, "mixtral": 1.05, "sonic-120b-n1024": 1.1}
+    experts = {f"experts/{name}/uniform/moe_kernels": {"step_over_bound": over} for name, over in more.items()}
+    lines(tmp_path, {"experts/olmoe-7b/uniform/moe_kernels": row, **dict(list(experts.items())[:2])})
+    assert "sums: olmoe-7b 1.20, dsv3-ep8 1.30, mixtral 1.05." in prose(tmp_path)
+    lines(tmp_path, experts)
+    assert "sums: olmoe-7b 1.20, 3 other layers from mixtral 1.05 to dsv3-ep8 1.30." in prose(tmp_path)
+
+
+def test_a_peer_that_was_stopped_after_its_forward(tmp_path):
+    peer = {"forward_ms": 3.0, "forward_over_moe_kernels": 1.1, "reason": "first call not finished in 240 s"}
+    found = lines(tmp_path, {OURS: ROW, STOCK: ROW, "block/qwen3-30b/uniform/sonicmoe": peer})
+    assert "| 16384 · 2048 · 768 · 128 · 8 | sonicmoe | 3.00 | - | - | - |" in found
+
+
 def test_the_whole_model(tmp_path):
     found = lines(tmp_path, MODEL, "model.json")
     start = found.index("| experts | ms/step | tokens/s | peak GiB |")

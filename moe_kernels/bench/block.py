@@ -38,6 +38,11 @@ def cases(shape: Shape, routings: Iterable[str] = ("uniform",)) -> list[Case]:
     ]
 
 
+def ours(shape: Shape) -> Case:
+    """The one row that every shape has."""
+    return Case("experts", shape, "uniform", "moe_kernels")
+
+
 def left_out(shape: Shape) -> list[tuple[Case, str]]:
     """The stock blocks that :func:`cases` lacks, each with the reason."""
     reasons = {name: why_left_out(name, shape) for name in STOCK}
@@ -95,12 +100,15 @@ def _compared(session: Session, case: Case, row: dict) -> dict:
     return compared
 
 
-def run_peer(session: Session, shape: Shape, name: str) -> str | None:
-    """Measure and record a peer's block, in a process of its own; the reason if there is nothing to record."""
+def run_peer(session: Session, shape: Shape, name: str, cap_s: float | None = None) -> str | None:
+    """Measure and record a peer's block, in a process of its own; the reason if there is nothing to record, or less.
+
+    Args:
+        cap_s: seconds its first call may take; default: the peer's own.
+    """
     session.release()  # the other process needs the memory
-    found = peers.measure_peer(name, shape)
-    if "reason" in found:
-        return found["reason"]
-    for row_name, row in found.items():
-        session.record(FILE, row_name, row)
-    return None
+    rows = peers.measure_peer(name, shape, cap_s)
+    reason = rows.pop("reason", None)
+    for row_name, row in rows.items():
+        session.record(FILE, row_name, row if reason is None else row | {"reason": reason})
+    return reason

@@ -32,11 +32,11 @@ def products(shape: Shape, *names: str, device: str = "cuda") -> dict[str, Calla
     """``torch.bmm`` on equal groups for products of a layer's forward and backward: all six, or those named."""
     per_expert = shape.rows // shape.E
     sizes = {
-        "up": (per_expert, shape.D, 2 * shape.I),
+        "up": (per_expert, shape.D, shape.N),
         "down": (per_expert, shape.I, shape.D),
         "d_a": (per_expert, shape.D, shape.I),
-        "dx": (per_expert, 2 * shape.I, shape.D),
-        "dw_gate_up": (2 * shape.I, per_expert, shape.D),
+        "dx": (per_expert, shape.N, shape.D),
+        "dw_gate_up": (shape.N, per_expert, shape.D),
         "dw_down": (shape.D, per_expert, shape.I),
     }
     runs = {}

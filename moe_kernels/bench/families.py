@@ -25,7 +25,7 @@ from moe_kernels.bench.family_truth import relative_errors
 from moe_kernels.bench.layer import SANE, SLACK, TIMES_YARDSTICK, YARDSTICK, Inaccurate, gradients
 from moe_kernels.bench.measure import measure, medians_in_turn_ms, waiting
 from moe_kernels.bench.session import Session
-from moe_kernels.bench.shapes import Shape
+from moe_kernels.bench.shapes import Kind, Shape
 
 FILE = "families.json"
 OURS = "moe_kernels"
@@ -101,10 +101,9 @@ def _label(name: str) -> str:
 def products(model: Model, tokens: int, device: str) -> dict[str, Callable[[], object]]:
     """The six products of the routed experts and, by part and direction, those of the matrices."""
     block, shape = model.build("meta"), model.experts_shape(tokens)
-    # Without a gate the up projection has I rows, not 2 I.
-    up = shape if block.experts.has_gate else shape._replace(I=shape.I // 2)
-    runs = ceilings.products(up, "up", "dx", "dw_gate_up", device=device)
-    runs |= ceilings.products(shape, "down", "d_a", "dw_down", device=device)
+    if not block.experts.has_gate:
+        shape = shape._replace(kind=Kind("relu2"))
+    runs = ceilings.products(shape, device=device)
 
     def random(*sizes: int) -> Tensor:
         return torch.randn(*sizes, device=device, dtype=torch.bfloat16)

@@ -16,7 +16,7 @@ from torch import Tensor
 MIB = 2**20
 WARM_UPS = 3
 REPEATS = 20
-#: Steps above 25 ms, which only peers take, are repeated less often, but five times at least.
+#: Steps above 25 ms, of peers and of the largest shapes, are repeated less often, but five times at least.
 _LONG_MS, _FEWEST = 500, 5
 #: How far the GPU is kept behind the host, as a multiple of the host's time, and the longest single delay.
 _MARGIN, _MOST_DELAY_MS = 1.25, 20

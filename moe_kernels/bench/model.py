@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from moe_kernels.bench.layer import Inaccurate, relative_l2
 from moe_kernels.bench.measure import median_ms
-from moe_kernels.bench.peers import available, say, watch
+from moe_kernels.bench.peers import available, empty_caches, say, watch
 
 FILE = "model.json"
 GIB = 2**30
@@ -303,9 +302,7 @@ def _counted(label: str, compilations: Compilations) -> dict[str, float | str]:
 def measured(what: str, sizes: Sizes = SIZES["qwen3-30b-4L"]) -> dict[str, dict]:
     """The rows of ``what`` ("steps" or "first-step"), or {"reason": why there are none}."""
     command = [sys.executable, "-m", "moe_kernels.bench.model", "--what", what, "--model", sizes.name]
-    with tempfile.TemporaryDirectory() as empty:
-        caches = {"TRITON_CACHE_DIR": f"{empty}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor"}
-        environment = {**os.environ, **(caches if what == "first-step" else {})}
+    with empty_caches() if what == "first-step" else contextlib.nullcontext(os.environ) as environment:
         return watch([*command, f"--started={time.time()}"], {what: _LIMIT_S}, what, environment)
 
 

@@ -4,6 +4,7 @@
 
 Peers tune themselves during their first call, some of them for many minutes, and that can't be interrupted from within.
 So a peer runs in a process of its own, which says where it is; one that stays too long is killed and its rows say so.
+The forward is tuned and measured before the backward, so that a peer which has no time for that has a row all the same.
 
 liger: what LigerExperts of liger-kernel calls (Triton, tuned anew in every process).
 sonicmoe: SonicMoE's functional for a given routing (CuTe DSL). It compiles 20 to 80 configurations of a product, 2.5 s
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -152,7 +153,7 @@ def _peer(name: str, caller: str) -> Peer:
 
 
 def measure_peer(name: str, shape: Shape, cap_s: float | None = None) -> dict:
-    """The rows of one peer for ``block.json``, or {"reason": why there are none}.
+    """The rows of one peer for ``block.json``, or {"reason": why there are none}; both if only the forward was in time.
 
     Args:
         name: one of ``PEERS``.
@@ -179,11 +180,16 @@ def watch(command: Sequence[str], limits: Mapping[str, float], stage: str, envir
     """Run a command that tells its stages, kill it and all it started when one takes too long; its result or a reason.
 
     Args:
-        command: says ``{"stage": name}`` and at last its result, with :func:`say`.
-        limits: seconds allowed for each stage.
+        command: says ``{"stage": name}``, perhaps ``{"so_far": part of the result}``, and at last its result, with
+            :func:`say`.
+        limits: seconds allowed for each stage, all the times together that the command is in it.
         stage: the one it starts in.
         environment: of the command.
+
+    Returns:
+        The result, or {"reason": why there is none} beside what the command had so far.
     """
+    left = dict(limits)
     printed: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
@@ -191,14 +197,18 @@ def watch(command: Sequence[str], limits: Mapping[str, float], stage: str, envir
         )
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-        result, reason, deadline = None, None, time.monotonic() + limits[stage]
+        result, so_far, reason = None, {}, None
+        entered = time.monotonic()
         try:
-            while (line := lines.get(timeout=max(0, deadline - time.monotonic()))) is not None:
+            while (line := lines.get(timeout=max(0, entered + left[stage] - time.monotonic()))) is not None:
                 before, mark, text = line.partition(_MARK)
                 message = json.loads(text) if mark else {}
                 if "stage" in message:
-                    stage = message["stage"]
-                    deadline = time.monotonic() + limits[stage]
+                    now = time.monotonic()
+                    left[stage] -= now - entered
+                    stage, entered = message["stage"], now
+                elif "so_far" in message:
+                    so_far = message["so_far"]
                 elif mark:
                     result = message
                 if before.strip():
@@ -213,7 +223,14 @@ def watch(command: Sequence[str], limits: Mapping[str, float], stage: str, envir
             code = process.wait()
         errors.seek(0)
         reason = reason or f"{stage} failed with exit status {code}"
-        return result or {"reason": reason + _said("stderr", errors) + _said("stdout", printed)}
+        return result or so_far | {"reason": reason + _said("stderr", errors) + _said("stdout", printed)}
+
+
+@contextlib.contextmanager
+def empty_caches() -> Iterator[dict[str, str]]:
+    """This process's environment, but for compiler caches that nobody has filled."""
+    with tempfile.TemporaryDirectory() as empty:
+        yield os.environ | {"TRITON_CACHE_DIR": f"{empty}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor"}
 
 
 #: How much of what a peer printed its reason quotes.
@@ -240,42 +257,56 @@ def say(message: dict) -> None:
 
 
 def measure_here(name: str, shape: Shape) -> dict[str, dict]:
-    """The rows of a peer, measured in this process: the first call, then all that is measured of any block."""
+    """The rows of a peer, measured in this process: the first forward, how it stands to ours, and the same of a step.
+
+    What is known after the forward is said at once: the backward may take too long.
+    """
     from moe_kernels.bench.block import FILE, Case, run
-    from moe_kernels.bench.layer import gradients
+    from moe_kernels.bench.layer import SANE, gradients
     from moe_kernels.bench.session import Session
 
     session, case = Session(), Case("block", shape, "uniform", name)
     layer = session.layer(shape)
     which = case.what, case.routing
-    say({"stage": _FIRST_CALL})
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    gradients(layer.forward(*which, name), layer.leaves(*which), layer.d_out)
-    torch.cuda.synchronize()
-    first_call_s = time.perf_counter() - start
-    say({"stage": "measurement"})
-    run(session, case)
-    session.rows[FILE][case.name] |= {"first_call_s": round(first_call_s, 1)} | _beside_ours(layer, case)
+    blocks = {each: layer.forward(*which, each) for each in (name, "moe_kernels")}
+    out, forward_s = _first(lambda: blocks[name]().detach())
+    layer.check(case.name, *which, [out], SANE)
+    over = {"first_call_s": forward_s} | _over_ours("forward", case, blocks)
+    session.record(FILE, case.name, over)
+    say({"so_far": session.rows[FILE]})
+    _, step_s = _first(lambda: gradients(blocks[name], layer.leaves(*which), layer.d_out))
+    over["first_call_s"] = round(forward_s + step_s, 1)
+    _, row = run(session, case)
+    steps = {each: functools.partial(_step, layer, case, block) for each, block in blocks.items()}
+    session.record(FILE, case.name, over | _over_ours("step", case, steps) | row)  # its times are those of any block
     return session.rows[FILE]
 
 
-def _beside_ours(layer: "Layer", case: "Case") -> dict[str, float]:
+def _first(run: Callable[[], object]) -> tuple[object, float]:
+    """What a first call returns, and the seconds it takes; from here on it counts as measurement again."""
+    say({"stage": _FIRST_CALL})
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    say({"stage": "measurement"})
+    return result, round(seconds, 1)
+
+
+def _step(layer: "Layer", case: "Case", forward: Callable[[], Tensor]) -> None:
+    forward().backward(layer.d_out)
+    for leaf in layer.leaves(case.what, case.routing):
+        leaf.grad = None
+
+
+def _over_ours(what: str, case: "Case", runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
     """The peer's time over ours, both run in turn: two loops one after the other differ by more in clock and heat."""
     from moe_kernels.bench.measure import medians_in_turn_ms
 
-    blocks = {name: layer.forward(case.what, case.routing, name) for name in (case.implementation, "moe_kernels")}
-    leaves = layer.leaves(case.what, case.routing)
-
-    def step(forward: Callable[[], Tensor]) -> None:
-        forward().backward(layer.d_out)
-        for leaf in leaves:
-            leaf.grad = None
-
-    forward = medians_in_turn_ms(blocks)
-    both = medians_in_turn_ms({name: functools.partial(step, block) for name, block in blocks.items()})
-    over = {"forward_over_moe_kernels": forward, "step_over_moe_kernels": both}
-    return {figure: times[case.implementation] / times["moe_kernels"] for figure, times in over.items()}
+    times = medians_in_turn_ms(runs)
+    ratio = times[case.implementation] / times["moe_kernels"]
+    return {f"{what}_ms": times[case.implementation], f"{what}_over_moe_kernels": ratio}
 
 
 def main() -> int:

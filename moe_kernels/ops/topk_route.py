@@ -105,6 +105,15 @@ def _fake(logits, bias, top_k, *rule):
     )
 
 
+def _problem(logits: torch.Tensor, top_k: int, num_groups: int = 1) -> Problem:
+    """Triton holds any number of experts; the limits of the CUDA kernels are those of the routers there are."""
+    experts = logits.shape[1]
+    traits = [f"{experts} experts"] if experts > 1024 else []
+    traits += [f"top_k {top_k}"] if top_k > 32 else []
+    traits += ["groups"] if num_groups > 1 else []
+    return Problem(logits.device, logits.dtype, (), traits=tuple(traits))
+
+
 define(
     "topk_route(Tensor logits, Tensor? selection_bias, int top_k, str scoring, bool score_after_topk, "
     "bool renormalize, float epsilon, float scale, int num_groups, int top_groups, str group_score='top2_sum', "
@@ -112,7 +121,9 @@ define(
     "ScalarType? weights_dtype=None) -> (Tensor, Tensor)",
     check=_check,
     fake=_fake,
-    problem=lambda logits, *_: Problem(logits.device, logits.dtype, ()),
+    problem=lambda logits, bias, top_k, scoring, after, renormalize, epsilon, scale, num_groups, *_: _problem(
+        logits, top_k, num_groups
+    ),
 )
 define(
     "topk_route_bwd(Tensor d_weights, Tensor logits, Tensor indices, str scoring, bool score_after_topk, "
@@ -120,5 +131,5 @@ define(
     " -> Tensor",
     check=_check_bwd,
     fake=lambda d_weights, logits, *_: torch.empty_like(logits, memory_format=torch.contiguous_format),
-    problem=lambda d_weights, logits, *_: Problem(logits.device, logits.dtype, ()),
+    problem=lambda d_weights, logits, *_: _problem(logits, d_weights.shape[1]),
 )

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_kernels.bench import peers
+from moe_kernels.bench import block, measure, peers, session
+from moe_kernels.bench.layer import Inaccurate
+from moe_kernels.bench.measure import Measured
 from moe_kernels.bench.shapes import SHAPES
 
 TINY = SHAPES["tiny"]
+SESSION = session.Session
 
 
 def without(monkeypatch, *missing):
@@ -104,6 +107,51 @@ def test_the_block_with_a_peers_experts(name, monkeypatch):
         torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def here(monkeypatch, clock):
+    """A peer that is stock, measured in this process on the CPU; what it says."""
+    said = []
+    monkeypatch.setattr(peers, "say", lambda message: said.append(json.loads(json.dumps(message))))
+    stock = peers.PEERS["liger"]._replace(build=lambda experts, shape: experts)
+    monkeypatch.setitem(peers.PEERS, "other", stock)
+    monkeypatch.setattr(session, "Session", lambda: SESSION("cpu"))
+    monkeypatch.setattr(measure, "medians_in_turn_ms", lambda runs: dict(zip(runs, (3.0, 2.0), strict=True)))
+    monkeypatch.setattr(block, "measure", lambda forward, d_out: Measured(2.5, 5.0, 7.0, 8.0, 300.0, 900.0, 3.0))
+    return said
+
+
+def test_a_forward_is_said_before_the_backward(here):
+    rows = peers.measure_here("other", TINY)
+    stages = [message.get("stage", "so far") for message in here]
+    assert stages == ["first call", "measurement", "so far", "first call", "measurement"]
+    so_far = here[2]["so_far"]["block/tiny/uniform/other"]
+    assert (so_far["forward_ms"], so_far["forward_over_moe_kernels"]) == (3, 1.5)
+    assert set(so_far) == {"forward_ms", "forward_over_moe_kernels", "first_call_s"}
+    row = rows["block/tiny/uniform/other"]
+    assert (row["forward_over_moe_kernels"], row["step_over_moe_kernels"]) == (1.5, 1.5)
+    assert (row["forward_ms"], row["step_ms"]) == (2.5, 7), "those of any block"
+    assert row["first_call_s"] >= so_far["first_call_s"] and set(rows["error/tiny/other"]) >= {"out", "dx"}
+
+
+@pytest.mark.parametrize("place, said", [("forward", 2), ("backward", 5)])
+def test_a_peer_that_is_wrong_has_no_figure_of_that(here, monkeypatch, place, said):
+    def wrong(module):
+        def run(x, indices, weights):
+            out = module(x, indices, weights)
+            if place == "forward":
+                return out * 1.2
+            out.register_hook(lambda gradient: gradient * 1.2)
+            return out
+
+        return run
+
+    peer = peers.PEERS["other"]._replace(build=lambda experts, shape: wrong(experts))
+    monkeypatch.setitem(peers.PEERS, "other", peer)
+    with pytest.raises(Inaccurate, match="block/tiny/uniform/other: relative error of"):
+        peers.measure_here("other", TINY)
+    assert len(here) == said
+
+
 # The watch
 
 
@@ -141,6 +189,22 @@ time.sleep(60)"""
     while any(map(alive, pids.read_text().split())):
         assert time.monotonic() < deadline, "still alive"
         time.sleep(0.01)
+
+
+def test_what_a_stopped_child_had_so_far_is_kept_with_the_reason():
+    so_far = json.dumps({"so_far": {"row": {"forward_ms": 1.5}}})
+    code = f'say({so_far!r}); say(\'{{"stage": "first call"}}\'); time.sleep(60)'
+    found = {"row": {"forward_ms": 1.5}}
+    assert watched(code, first_call=0.5) == found | {"reason": "first call not finished in 0.5 s"}
+    code = f"say({so_far!r}); sys.exit(3)"
+    assert watched(code) == found | {"reason": "start failed with exit status 3"}
+    assert watched(f"say({so_far!r}); say('{{\"row\": 2}}')") == {"row": 2}
+
+
+def test_a_stage_that_is_entered_again_has_what_it_left():
+    stages = "".join(f'say(\'{{"stage": "{name}"}}\'); time.sleep(0.8); ' for name in ("first call", "measurement"))
+    found = watched(f"{stages * 3}say('{{}}')", first_call=2, measurement=20)
+    assert found == {"reason": "first call not finished in 2 s"}
 
 
 def test_a_silent_child_is_in_its_first_stage():

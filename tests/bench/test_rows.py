@@ -5,8 +5,7 @@ import types
 import pytest
 import torch
 
-from moe_kernels import backends, use_backend
-from moe_kernels.bench import block, ceilings, decode, extra, layer, ops
+from moe_kernels.bench import block, decode, extra, layer
 from moe_kernels.bench.layer import Inaccurate
 from moe_kernels.bench.measure import Measured
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
@@ -24,18 +23,6 @@ def _still(monkeypatch):
         forward().backward(d_out)
         return MEASURED
 
-    def in_turn(runs, prepare):
-        """The op, which finds its input as it was, takes 0.4 ms, its product 0.3."""
-        found = []
-        for _ in range(2):
-            if prepare is not None:
-                prepare()
-            found.append([tensor.clone() for tensor in runs["op"]()])
-        assert all(map(torch.equal, *found))
-        (product,) = runs.keys() - {"op"}
-        runs[product]()
-        return {"op": 0.4, product: 0.3}
-
     def beside_eager(runs):
         """Eager takes 4 ms, what is compared with it 3."""
         assert len(runs) == 2
@@ -46,10 +33,7 @@ def _still(monkeypatch):
     for module in (block, extra):
         monkeypatch.setattr(module, "measure", measure)
     monkeypatch.setattr(extra, "medians_in_turn_ms", beside_eager)
-    for module in (decode, ops):
-        monkeypatch.setattr(module, "graph_us", lambda runs: [run() for run in runs] and 250.0)
-    monkeypatch.setattr(ops, "median_ms", lambda run, **_: 0.5 if run() else 0.0)
-    monkeypatch.setattr(ops, "medians_in_turn_ms", in_turn)
+    monkeypatch.setattr(decode, "graph_us", lambda runs: [run() for run in runs] and 250.0)
     monkeypatch.setattr(decode, "capturable", lambda run: True)
 
 
@@ -126,6 +110,19 @@ def test_a_wrong_result_has_no_time(session, monkeypatch, what):
     assert session.rows == {}
 
 
+def test_where_stock_cannot_run_plain_torch_is_the_yardstick(session, monkeypatch):
+    tiny, right = session.layer(TINY), layer.Layer.module
+
+    def module(self, what, implementation):
+        if implementation == layer.YARDSTICK:
+            raise torch.OutOfMemoryError("out of memory")
+        return right(self, what, implementation)
+
+    monkeypatch.setattr(layer.Layer, "module", module)
+    errors = tiny.errors("experts", "uniform", "moe_kernels")
+    assert tiny._yardstick("experts", "uniform") == errors, "ours is plain torch, too, on a CPU"
+
+
 def test_implementations_share_parameters_and_nothing_else(session):
     tiny = session.layer(TINY)
     ours, stock = tiny.module("block", "moe_kernels"), tiny.module("block", "eager")
@@ -136,11 +133,20 @@ def test_implementations_share_parameters_and_nothing_else(session):
 
 def test_a_peer_that_cannot_run_gives_its_reason(session, monkeypatch):
     answers = iter([{"reason": "first call not finished in 150 s"}, {"block/tiny/uniform/liger": {"step_ms": 9.0}}])
-    monkeypatch.setattr(block.peers, "measure_peer", lambda name, shape: next(answers))
-    assert block.run_peer(session, TINY, "liger") == "first call not finished in 150 s"
-    assert session.rows == {}
+    asked = []
+    monkeypatch.setattr(block.peers, "measure_peer", lambda *asks: asked.append(asks) or next(answers))
+    assert block.run_peer(session, TINY, "liger", 150) == "first call not finished in 150 s"
+    assert session.rows == {} and asked == [("liger", TINY, 150)]
     assert block.run_peer(session, TINY, "liger") is None
     assert session.find("block.json", "block/tiny/uniform/liger") == {"step_ms": 9.0}
+
+
+def test_a_peer_that_is_stopped_after_its_forward_has_a_row_with_the_reason(session, monkeypatch):
+    answer = {"block/tiny/uniform/liger": {"forward_ms": 9.0}, "reason": "first call not finished in 150 s"}
+    monkeypatch.setattr(block.peers, "measure_peer", lambda *_: answer)
+    assert block.run_peer(session, TINY, "liger") == "first call not finished in 150 s"
+    row = {"forward_ms": 9.0, "reason": "first call not finished in 150 s"}
+    assert session.rows["block.json"] == {"block/tiny/uniform/liger": row}
 
 
 # decode.json
@@ -189,87 +195,6 @@ def test_few_tokens_that_are_wrong_have_no_time(session, monkeypatch, name, scal
     with pytest.raises(Inaccurate, match=f"decode/tiny/T8/{word}"):
         decode.run(session, TINY, 8)
     assert session.rows == {}
-
-
-# ops.json
-
-
-@pytest.fixture
-def l2(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(L2_cache_size=2**20))
-
-
-@pytest.mark.parametrize("name", ops.OPS)
-def test_op_rows(session, l2, name):
-    call, row = ops.run(session, TINY, name, "reference")
-    call()
-    product = ops.OPS[name].product
-    assert row["gpu_us"] == (400 if product else 250)
-    if product:
-        padding = ceilings.padding(ops.inputs_of(TINY, "cpu").plan.tokens_per_expert_E)
-        assert row["of_bmm"] == pytest.approx(0.3 / 0.4 * padding, rel=1e-4)
-    assert row["default_backend"] == "reference"
-    assert set(row) == {"gpu_us", "default_backend", *(("tflops", "of_bmm") if product else ("tb_per_s", "of_copy"))}
-    assert list(session.rows["ops.json"]) == [f"op/{name}/tiny/reference"]
-
-
-def test_the_default_backend_of_an_op_is_what_its_arguments_ask_for(monkeypatch):
-    """Also where another backend is forced. Here Triton says that it can run everything but rows of bf16."""
-    asked, resolve = [], backends._resolve.__wrapped__
-
-    def why_not(backend, op, problem):
-        asked.append((op, problem))
-        return None if backend == "triton" or op == "grouped_wgrad" else f"not on {backend}"
-
-    def pick(op, problem, forced):
-        choice = resolve(op, problem, "reference")  # which runs it
-        why = [backend for backend in backends.ORDER if why_not(backend, op, problem) is None]
-        return choice._replace(backend=forced or why[0])
-
-    monkeypatch.setattr(backends, "_resolve", pick)
-    inputs = ops.inputs_of(TINY, "cpu")
-    with use_backend("reference"):
-        found = {name: ops.default_backend(ops.OPS[name], inputs) for name in ("gate_up", "grouped_wgrad_down")}
-    assert found == {"gate_up": "triton", "grouped_wgrad_down": "cuda"}
-    assert asked[0][0] == "gate_up" and asked[0][1].block_m == inputs.plan.block_m
-
-
-def test_every_product_of_the_bound_is_an_op():
-    assert {op.product for op in ops.OPS.values()} - {None} == PRODUCTS_MS.keys()
-
-
-def test_an_op_that_is_wrong_has_no_time(session, l2, monkeypatch):
-    truth, limits = ops._expected("combine", TINY, "cpu")
-    monkeypatch.setattr(ops, "_expected", lambda *_: ([tensor * 1.02 for tensor in truth], limits))
-    with pytest.raises(Inaccurate, match="op/combine/tiny/reference: result 0 has a relative error"):
-        ops.run(session, TINY, "combine", "reference")
-    assert session.rows == {}
-
-
-def test_what_combine_leaves_unwritten_is_found(session, l2, monkeypatch):
-    ops._expected("combine", TINY, "cpu")
-    right = ops.OPS["combine"].run
-
-    def all_but_the_first(inputs):
-        (out,) = right(inputs._replace(out=None))
-        inputs.out[1:] = out[1:]
-        return (inputs.out,)
-
-    monkeypatch.setitem(ops.OPS, "combine", ops.OPS["combine"]._replace(run=all_but_the_first))
-    with pytest.raises(Inaccurate, match="op/combine/tiny/reference: result 0 has a relative error of nan"):
-        ops.run(session, TINY, "combine", "reference")
-
-
-def test_a_plan_that_is_wrong_has_no_time(session, l2, monkeypatch):
-    truth, limits = ops._expected("routing_plan", TINY, "cpu")
-    slots = truth[1].flip(0)
-    monkeypatch.setattr(ops, "_expected", lambda *_: ([truth[0], slots, *truth[2:]], limits))
-    with pytest.raises(Inaccurate, match="op/routing_plan/tiny/reference: result 1 is wrong"):
-        ops.run(session, TINY, "routing_plan", "reference")
-
-
-def test_a_backend_that_cannot_run_says_why(session):
-    assert "cpu" in ops.why_not(session, TINY, "gate_up", "triton") or torch.cuda.is_available()
 
 
 # extra.json

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES, Shape, routing
+from moe_kernels.bench.shapes import (
+    ALL_SHAPES,
+    DEFAULT_SHAPES,
+    OTHERS,
+    ROUTINGS,
+    ROW_SHAPES,
+    SHAPES,
+    Kind,
+    Shape,
+    routing,
+)
 
 SHAPE = Shape("small", 4000, 8, 8, 32, 4)
 
@@ -54,4 +64,25 @@ def test_an_unknown_kind_is_named():
 
 def test_flops_of_the_paper():
     assert SHAPES["qwen3-30b"].forward_flops == 6 * 16384 * 8 * 768 * 2048
-    assert set(DEFAULT_SHAPES) <= SHAPES.keys()
+    assert SHAPES["qwen3-30b"]._replace(kind=Kind("relu2")).forward_flops == 4 * 16384 * 8 * 768 * 2048
+
+
+def test_names():
+    assert set(DEFAULT_SHAPES) <= set(ALL_SHAPES) < SHAPES.keys()
+    assert set(ROW_SHAPES) < SHAPES.keys() | OTHERS.keys() and not SHAPES.keys() & OTHERS.keys()
+    for name, shape in (SHAPES | OTHERS).items():
+        assert shape.name == name and shape.rows % shape.E == 0, "torch.bmm on equal groups would leave rows out"
+
+
+def test_sizes_of_layers_that_are_not_qwen3s_are_those_of_the_models():
+    from moe_kernels.bench.family_models import MODELS
+
+    for name, shape in OTHERS.items():
+        assert shape == MODELS[name].experts_shape(shape.T)._replace(kind=shape.kind)
+        experts = MODELS[name].build("meta").experts
+        kind = shape.kind
+        assert (kind.gated, kind.transposed, kind.biases) == (experts.has_gate, experts.is_transposed, experts.has_bias)
+        up = experts.gate_up_proj if kind.gated else experts.up_proj
+        assert tuple(up.mT.shape if kind.transposed else up.shape) == (shape.E, shape.N, shape.D)
+    gpt_oss = MODELS["gpt-oss-20b"].build("meta").experts
+    assert (gpt_oss.alpha, gpt_oss.limit) == OTHERS["gpt-oss-20b"].kind.options[:2]

@@ -183,8 +183,9 @@ def test_rows_from_before_a_crash_are_saved(measuring, tmp_path, error):
     [
         ((), ("test_peers.py", "left out: it would copy 3456 GiB of weights")),
         (("--no-peers", "--shape", "tiny"), ("test_decode.py", "measured on qwen3-30b only")),
+        (("--all-shapes", "--peer-minutes", "0.5"), ("test_ops.py", "test_peers.py")),
     ],
-    ids=["all", "another-shape"],
+    ids=["all", "another-shape", "all-shapes"],
 )
 def test_the_suite_without_a_gpu(options, said):
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "benchmarks", *options]
@@ -268,9 +269,18 @@ def test_chart(tmp_path, rows):
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_is_drawn_without_blocks(tmp_path):
-    assert not charts.layers(tmp_path / "bench.png", file_of({"bound/qwen3-30b": {"step_ms": 6.1}}))
+@pytest.mark.parametrize("name", ["bound/qwen3-30b", "block/sonic-7b-n256/uniform/sonicmoe"])
+def test_nothing_is_drawn_without_blocks(tmp_path, name):
+    assert not charts.layers(tmp_path / "bench.png", file_of({name: {"step_ms": 6.1}}))
     assert not (tmp_path / "bench.png").exists()
+
+
+def test_a_peer_that_was_stopped_after_its_forward_is_not_drawn(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(charts, "_step_bars", lambda axis, places, *rest: drawn.extend(places))
+    peer = {"forward_ms": 3.0, "reason": "first call not finished in 240 s"}
+    charts.layers(tmp_path / "bench.png", file_of(ROWS | {"block/olmoe-7b/uniform/sonicmoe": peer}))
+    assert drawn and ("olmoe-7b", "sonicmoe") not in drawn
 
 
 def test_a_bar_that_dwarfs_the_others_is_cut(monkeypatch, tmp_path):

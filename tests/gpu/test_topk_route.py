@@ -6,7 +6,7 @@ Every rule, dtype, tie, NaN, infinity and T = 0 at small sizes: tests/ops/test_t
 import pytest
 import torch
 
-from moe_kernels import use_backend
+from moe_kernels import backends, use_backend
 from moe_kernels.bench import router
 from moe_kernels.bench.measure import capture
 from moe_kernels.functional import topk_route
@@ -33,24 +33,28 @@ def step(inputs, logits, d_weights):
     return [weights.detach(), indices, *torch.autograd.grad(weights, logits, d_weights)]
 
 
-@pytest.fixture(autouse=True)
-def _on_triton():
-    with use_backend("triton"):
-        yield
+@pytest.fixture(autouse=True, params=["triton", "cuda"])
+def backend(request):
+    problem = backends.Problem(torch.device("cuda", 0), FP32, ())
+    for op in ("topk_route", "topk_route_bwd"):
+        if (reason := backends.why_not(request.param, op, problem)) is not None:
+            pytest.skip(reason)
+    with use_backend(request.param):
+        yield request.param
 
 
 @EACH
 @pytest.mark.parametrize("op", router.OPS)
 @pytest.mark.parametrize("T", [3, 4099, 16384])
-def test_against_reference(poison, name, op, T):
-    """With the limits of the benchmarks. 4099 is no multiple of a program's tokens."""
+def test_against_reference(poison, backend, name, op, T):
+    """With the limits of the benchmarks. 4099 is no multiple of a program's or block's tokens."""
     inputs = inputs_of(name, T)
     assert T == 3 or router.decided(inputs, inputs.logits).float().mean() > 0.9
-    router.check(op, inputs, "triton")
+    router.check(op, inputs, backend)
 
 
 @EACH
-def test_other_token_counts_compile_nothing(monkeypatch, name):
+def test_other_token_counts_compile_nothing(monkeypatch, backend, name):
     triton = pytest.importorskip("triton")
     compiled = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda *_, fn, **__: compiled.append(fn.name))
@@ -116,6 +120,22 @@ def test_bad_logits_still_choose_distinct_experts(poison, name):
     _, expected, d_expected = step(inputs, inputs.logits.clone().requires_grad_(), inputs.d_weights)
     assert torch.equal(indices[good], expected[good])
     assert bitwise_equal(d_logits[good], d_expected[good])
+
+
+@pytest.mark.parametrize("experts,top_k", [(64, 6), (128, 8), (256, 8), (512, 22), (1024, 32)])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_more_equal_logits_than_a_list_holds(poison, experts, top_k, biased, dtype):
+    """Whole rows, and 65 and more of the best, among random rows: ties go to the lowest index."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.randn(1000, experts, device="cuda", generator=generator).to(dtype)
+    logits[::7] = 0.5
+    logits[3::7] = (logits[3::7] > -1).to(dtype)
+    logits[5::21] = torch.where(logits[5::21] > 0, torch.inf, logits[5::21])
+    bias = torch.arange(experts, device="cuda") % 2 / 4 if biased else None
+    _, indices = topk_route(logits, top_k, score_after_topk=True, selection_bias_E=bias)
+    choice = logits.float() if bias is None else logits.float() + bias
+    assert torch.equal(indices, choice.argsort(dim=-1, descending=True, stable=True)[:, :top_k])
 
 
 def test_more_than_2_31_logits():

@@ -1,8 +1,8 @@
 """CUDA C++ kernels of the extension module ``moe_kernels._C``.
 
-``routing_plan`` and ``combine`` run on every architecture, in float32, bfloat16 and float16, ``decode_experts`` in the
-two 16-bit types; the products over an expert's rows on Hopper, in bfloat16, for what most models ask of them
-(``_hopper``). Triton does the rest.
+``routing_plan``, ``topk_route`` and ``combine`` run on every architecture, in float32, bfloat16 and float16,
+``decode_experts`` in the two 16-bit types; the products over an expert's rows on Hopper, in bfloat16, for what most
+models ask of them (``_hopper``). Triton does the rest.
 
 The extension is optional: built without nvcc, or on a machine whose driver or GPU it can't serve, the package works
 and ``supports`` says why this backend does not.
@@ -28,6 +28,9 @@ def supports(op: str, problem) -> str | None:
             return f"width {size} is not a multiple of 8"
     if op == "decode_experts":
         return _decode(problem)
+    if op in ("topk_route", "topk_route_bwd"):
+        refused = [trait for trait in problem.traits if trait != "groups"]
+        return f"no kernel for {', '.join(refused)}" if refused else None
     return _hopper(op, problem) if op in _HOPPER else None
 
 

@@ -87,6 +87,25 @@ def is_gated(activation: str) -> bool:
     return _activations()[activation][1]
 
 
+@functools.cache
+def _scorings() -> dict[str, int]:
+    return _load().SCORINGS
+
+
+def route_rule(scoring, after, renormalize, epsilon, scale, min_sum, soft_cap, step: torch.dtype):
+    """How scores become weights, as ``_C`` takes it."""
+    return _load().RouteRule(
+        scoring=_scorings()[scoring],
+        after=after,
+        renormalize=renormalize,
+        epsilon=epsilon,
+        scale=scale,
+        min_sum=min_sum,
+        soft_cap=soft_cap,
+        step=dtype_codes()[step],
+    )
+
+
 def routing_plan_workspace(num_slots: int, num_experts: int) -> int:
     return _load().routing_plan_workspace(num_slots=num_slots, num_experts=num_experts)
 

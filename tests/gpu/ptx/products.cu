@@ -1,0 +1,84 @@
+// csrc/ptx/mma.cuh and wgmma.cuh.
+#include "harness.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/wgmma.cuh"
+
+namespace moe_kernels {
+namespace {
+
+// c [16, 8] += a [16, 16] . b [8, 16] transposed; a and b in pairs.
+template <typename T>
+__global__ void mma_kernel(float* c, const uint32_t* a, const uint32_t* b) {
+    const int g = threadIdx.x / 4, t = threadIdx.x % 4;
+    float* upper = c + g * 8 + 2 * t;
+    float* lower = upper + 8 * 8;
+    float sums[4] = {upper[0], upper[1], lower[0], lower[1]};
+    const uint32_t *a_upper = a + g * 8 + t, *a_lower = a_upper + 8 * 8, *b_column = b + g * 8 + t;
+    ptx::mma_16x8x16(sums, a_upper[0], a_lower[0], a_upper[4], a_lower[4], b_column[0], b_column[4],
+                     static_cast<const T*>(nullptr));
+    upper[0] = sums[0];
+    upper[1] = sums[1];
+    lower[0] = sums[2];
+    lower[1] = sums[3];
+}
+
+constexpr int kStepBytes = 5 * kChunkBytes;  // 64 rows of A, 256 columns of B
+
+// c [64, 256] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn. Rows of
+// 64 elements: a [steps, 64] and b [steps, 256] as they lie in shared memory, along or across the reduction.
+template <int kAcrossA, int kAcrossB>
+__global__ void __launch_bounds__(kWarpgroup, 1)
+    wgmma_kernel(float* c, const uint4* a, const uint4* b, int steps, bool accumulate) {
+    extern __shared__ unsigned char memory[];
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    // Of accumulators 4j and 4j + 1; the next two are eight rows below.
+    auto at = [&](int j) { return c + (16 * warp + lane / 4) * 256 + 8 * j + 2 * (lane % 4); };
+    float acc[128];
+#pragma unroll
+    for (int i = 0; i < 128; ++i) acc[i] = at(i / 4)[i / 2 % 2 * 8 * 256 + i % 2];
+    for (int k = 0; k < steps; ++k) {
+        unsigned char* stage_a = aligned(memory) + k % 2 * kStepBytes;
+        unsigned char* stage_b = stage_a + kChunkBytes;
+        fill_box(stage_a, a + k * 64 * 8, 64);
+        fill_box(stage_b, b + k * 256 * 8, 256);
+        ptx::fence_async_proxy();
+        __syncthreads();
+        const uint64_t desc_a =
+            kAcrossA ? ptx::descriptor_across(stage_a, kChunkBytes) : ptx::descriptor_along(stage_a);
+        const uint64_t desc_b =
+            kAcrossB ? ptx::descriptor_across(stage_b, kChunkBytes) : ptx::descriptor_along(stage_b);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            ptx::Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB>::run(
+                acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
+                desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong), accumulate || (k | i) != 0);
+        }
+        ptx::wgmma_commit();
+        ptx::wgmma_wait<1>();  // the step before this one has read its stage
+        __syncthreads();
+    }
+    ptx::wgmma_wait_all(acc);
+#pragma unroll
+    for (int i = 0; i < 128; ++i) at(i / 4)[i / 2 % 2 * 8 * 256 + i % 2] = acc[i];
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* mma(float* c, const uint32_t* a, const uint32_t* b, int half, cudaStream_t stream) {
+    return run(half ? mma_kernel<__half> : mma_kernel<__nv_bfloat16>, 1, kWarpSize, 0, stream, c, a, b);
+}
+
+const char* wgmma(float* c, const uint4* a, const uint4* b, int steps, int accumulate, int across_a, int across_b,
+                  cudaStream_t stream) {
+    const auto kernel = across_a   ? across_b ? wgmma_kernel<1, 1> : wgmma_kernel<1, 0>
+                        : across_b ? wgmma_kernel<0, 1>
+                                   : wgmma_kernel<0, 0>;
+    return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes, stream, c, a, b, steps, accumulate != 0);
+}
+
+}  // extern "C"
+
+}  // namespace moe_kernels
