@@ -8,6 +8,7 @@ from benchmarks import floors
 from benchmarks.floors import ELSEWHERE, MET, MISSING, SHORT, STALE, BadFloors, Floor, Unless
 from moe_kernels.bench import block, decode, extra, first_layer, model, ops, peers, router
 from moe_kernels.bench.shapes import ALL_SHAPES, DEFAULT_SHAPES, ROUTINGS, ROW_SHAPES, SHAPES
+from tests.gpu import checks, soak, test_sanitizers
 
 ENTRY = {
     "what": "a step",
@@ -124,7 +125,7 @@ def test_the_committed_file_is_sound():
 
 
 def rows_that_benchmarks_make() -> set[tuple[str, str]]:
-    """(file, row) of everything that ``pytest benchmarks`` can measure."""
+    """(file, row) of everything that ``pytest benchmarks`` can measure, and what ``tests/gpu`` can check."""
     shapes = [SHAPES[name] for name in ALL_SHAPES]
     main = DEFAULT_SHAPES[0]
     made = {(block.FILE, case.name) for shape in shapes for case in block.cases(shape, ROUTINGS)}
@@ -142,6 +143,8 @@ def rows_that_benchmarks_make() -> set[tuple[str, str]]:
         for sizes in model.SIZES
         for row in ("first_step", *(dense + experts for dense in ("", model.LIGER) for experts in model.EXPERTS))
     }
+    made |= {(checks.FILE, f"soak/{kind}") for kind in soak.KINDS}
+    made |= {(checks.FILE, f"sanitizer/{tool}") for tool in test_sanitizers.TOOLS}
     return made
 
 
@@ -169,7 +172,7 @@ def test_floors_of_the_cuda_kernels_name_rows_that_it_makes():
 
 def test_floors_of_routers_name_rows_that_it_makes():
     made, routers = rows_that_benchmarks_make(), ("topk_route", "topk_route_bwd", "router")
-    named = {(f.file, f.row) for f in floors.read() if f.row.split("/")[1] in routers}
+    named = {(f.file, f.row) for f in floors.read() if f.file == router.FILE and f.row.split("/")[1] in routers}
     assert len(named) == 10 and named <= made
     fused = {(f.file, f.row) for f in floors.read() if f.row.endswith("/moe_kernels_fused_router")}
     assert fused and fused <= made
