@@ -33,7 +33,6 @@ _MOST_OTHERS = 2
 def measured(directory: Path, before: Path | None = None) -> str:
     """The figures of one GPU's results; ``before``: those of another that were shown before, to point at."""
     block, model, decode = (results.load(directory / name) for name in ("block.json", "model.json", "decode.json"))
-    convergence = _read(directory / "convergence.json")
     shown = _shown(block["rows"])
     parts: list[str] = []
     used = _Used(_machine(block, row) for rows in shown.values() for row in rows.values())
@@ -45,11 +44,15 @@ def measured(directory: Path, before: Path | None = None) -> str:
         ]
     families = results.load(directory / "families.json")
     parts += _experts(block, used) + _families(families, used) + _decode(decode, used) + _model(model, used)
-    if convergence:
-        parts += [
-            _convergence(convergence, used),
-            f"![loss of both runs]({_relative(directory)}/convergence.png)",
-        ]
+    # It shows what the models learn, which takes no new run on every GPU.
+    for place in filter(None, (directory, before)):
+        if convergence := _read(place / "convergence.json"):
+            where = "" if place == directory else f" on one {convergence['machine']['gpu']['name']}"
+            parts += [
+                _convergence(convergence, where, used),
+                f"![loss of both runs]({_relative(place)}/convergence.png)",
+            ]
+            break
     return "\n\n".join(filter(None, [*parts, *used.line(), *([] if before is None else _older(before))]))
 
 
@@ -323,12 +326,12 @@ def _model(model: dict, used: _Used) -> list[str]:
     return parts
 
 
-def _convergence(found: dict, used: _Used) -> str:
+def _convergence(found: dict, where: str, used: _Used) -> str:
     ours, stock = found["runs"]["moe_kernels"], found["runs"]["stock"]
     difference = found["comparison"]["last_loss_difference_percent"]
     layers, steps = found["sizes"]["layers"], len(ours["losses"])
     return _filled(
-        f"A {layers}-layer Qwen3-30B-shaped checkpoint, {steps} steps in bf16 through "
+        f"A {layers}-layer Qwen3-30B-shaped checkpoint, {steps} steps in bf16{where} through "
         "`moe-kernels finetune --compare`, the same weights and data: the mean loss of the last 20 steps is "
         f"{ours['loss_last']:.4f} with our experts and {stock['loss_last']:.4f} with stock ({difference:+.2f} %), at "
         f"{ours['tokens_per_second']:,.0f} and {stock['tokens_per_second']:,.0f} tokens/s, optimizer included"

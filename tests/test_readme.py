@@ -95,6 +95,7 @@ def test_the_last_line_says_the_machine_once(tmp_path):
 
 
 OTHER = "fedcba9876543210"
+CONVERGENCE = readme.BEFORE / "convergence.json"
 NOTE = f"(measured on other code: `{OTHER}`)"
 
 
@@ -103,13 +104,12 @@ def test_every_part_that_is_of_other_code_says_so(tmp_path):
     lines(tmp_path, EXPERTS, content_hash=OTHER)
     lines(tmp_path, FEW, "decode.json", content_hash=OTHER)
     lines(tmp_path, MODEL, "model.json", content_hash=OTHER)
-    convergence = readme.BEFORE / "convergence.json"
-    (tmp_path / "convergence.json").write_text(convergence.read_text())
+    (tmp_path / "convergence.json").write_text(CONVERGENCE.read_text())
     text = prose(tmp_path)
     assert f"qwen3-30b 1.23 {NOTE}." in text and f"qwen3-30b zipf 1.05 {NOTE}." in text
     assert f"T = 256 0.10 ms (0.20) {NOTE}." in text
     assert f"gradients included {NOTE}." in text and f"none of our kernels {NOTE}." in text
-    present = json.loads(convergence.read_text())["machine"]["content_hash"]
+    present = json.loads(CONVERGENCE.read_text())["machine"]["content_hash"]
     assert f"optimizer included (measured on other code: `{present}`)." in text
 
 
@@ -122,17 +122,25 @@ def test_a_shape_of_other_code_says_so_in_the_table(tmp_path):
     assert f"| olmoe-7b {NOTE} | stock | 2.70 | 8.00 | 395 | 1227 |" in found
 
 
+def convergence_of(gpu: str) -> dict:
+    found = json.loads(CONVERGENCE.read_text())
+    return found | {"machine": MACHINE | {"gpu": MACHINE["gpu"] | {"name": gpu}}}
+
+
 def test_figures_of_the_gpu_before_are_pointed_at(tmp_path):
     old, new = tmp_path / "old-gpu", tmp_path / "new-gpu"
     lines(old, {STOCK: ROW, OURS: ROW}, gpu=MACHINE["gpu"] | {"name": "old GPU"}, content_hash=OTHER)
     lines(old, FEW, "decode.json", gpu=MACHINE["gpu"] | {"name": "old GPU"})
     lines(new, {STOCK: ROW, OURS: ROW}, gpu=MACHINE["gpu"] | {"name": "new GPU"})
-    (old / "convergence.json").write_text('{"machine": {}}')
     alone = readme.measured(new)
     assert "on one new GPU" in alone and f"({new.as_posix()}/{readme.CHART})" in alone and "old" not in alone
     assert readme.measured(new, tmp_path / "none") == alone
     line = readme.measured(new, old).removeprefix(alone).split()
     name = old.as_posix()
+    (old / "convergence.json").write_text(json.dumps(convergence_of("old GPU")))
+    assert "steps in bf16 on one old GPU through" in " ".join(readme.measured(new, old).split())
+    (new / "convergence.json").write_text(json.dumps(convergence_of("new GPU")))
+    assert "steps in bf16 through" in " ".join(readme.measured(new, old).split())
     assert line == f"Older figures, of one old GPU and content hash `0123456789abcdef`: [{name}]({name}).".split()
 
 
