@@ -1,32 +1,43 @@
-// grouped_gemm: y[r] = a[r] . W[e] (+ bias[e]) over the rows each expert owns; see sm90/varlen_m.cuh for the kernel.
+// grouped_gemm: y[r] = a[r] . W[e] (+ bias[e]) over the rows each expert owns; see sm90/varlen_m.cuh and
+// sm90/pingpong.cuh for the kernels.
 //
 //     a [R, C] · W [E, N, C] (along) or [E, C, N] (across), bias [E, N] -> y [R, N]
 //
-// The epilogue adds the bias to the accumulators, so the sum is rounded once.
+// The epilogue adds the bias to the accumulators, so the sum is rounded once. Every element of y is summed up in the
+// same order by all kernels.
+#include <type_traits>
+
 #include "grouped_gemm.h"
+#include "sm90/pingpong.cuh"
 #include "sm90/varlen_m.cuh"
 
 namespace moe_kernels {
 namespace {
 
-template <typename T>
-struct Store : EpilogueDefaults {
+using T = __nv_bfloat16;
+
+constexpr int kStages = 4;
+
+struct StoreArguments {
+    CUtensorMap y;  // [R, 1, N]
+    void* data;
+    const T* bias;        // [E, N], or null
+    int64_t bias_stride;  // elements
+    int width;
+};
+
+// 64 rows of 256 columns, nothing else to do meanwhile.
+struct StoreTogether : EpilogueDefaults {
     static constexpr const char* kName = "grouped_gemm";
     static constexpr int kStagingBytes = kBuffersBytes;
 
-    struct Arguments {
-        CUtensorMap y;  // [R, 1, N]
-        void* data;
-        const T* bias;        // [E, N], or null
-        int64_t bias_stride;  // elements
-        int width;
-    };
+    using Arguments = StoreArguments;
 
     const Arguments& args;
     unsigned char* staging;
     int consumer, thread;
 
-    __device__ __forceinline__ Store(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
+    __device__ __forceinline__ StoreTogether(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
         : args(a), staging(memory + c * kBuffers * kChunkBytes), consumer(c), thread(t) {}
 
     template <typename Take, typename Give>
@@ -58,11 +69,154 @@ struct Store : EpilogueDefaults {
     }
 };
 
+// 128 rows of kN columns, under the other consumer's products.
+template <int kN>
+struct StoreInTurn {
+    static constexpr const char* kName = StoreTogether::kName;
+    using Arguments = StoreArguments;
+    static constexpr int kColumnChunks = (kN + 63) / 64;
+    static constexpr int kChunks = kColumnChunks % 2 == 0 ? 2 : 3;  // of staging memory, in turn all through a half
+    static_assert(kColumnChunks % kChunks == 0);
+    static constexpr int kBiasBytes = 512;  // of a tile's columns
+    static constexpr int kConsumerBytes = kChunks * kChunkBytes + kBiasBytes;
+    static constexpr int kStagingBytes = kConsumers * kConsumerBytes;
+    static_assert(kN * sizeof(T) <= kBiasBytes);
+
+    const Arguments& args;
+    unsigned char* staging;
+    unsigned char* bias;
+    int consumer, thread;
+
+    __device__ __forceinline__ StoreInTurn(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
+        : args(a),
+          staging(memory + c * kChunks * kChunkBytes),
+          bias(memory + kConsumers * kChunks * kChunkBytes + c * kBiasBytes),
+          consumer(c),
+          thread(t) {}
+
+    // The bias, a pair of columns a thread. The threads meet between this and their reads.
+    __device__ __forceinline__ void begin(const Tile& tile) const {
+        const int n = tile.i_n() * kN + 2 * thread;
+        if (args.bias == nullptr || thread >= kN / 2 || n >= args.width) return;
+        const T* of_expert = args.bias + tile.expert * args.bias_stride;
+        reinterpret_cast<uint32_t*>(bias)[thread] = __ldg(reinterpret_cast<const uint32_t*>(of_expert + n));
+    }
+
+    // Sums go from the accumulators to shared memory: changed where they are, they would keep ptxas from running one
+    // product after the other without a wait.
+    template <bool kBiased>
+    __device__ __forceinline__ void write_chunk(uint32_t chunk, const float* acc, int c, int groups) const {
+        const int lane = thread % kWarpSize, row = thread / kWarpSize * 16 + (lane >> 3 & 1) * 8 + (lane & 7);
+        const uint32_t to = chunk + swizzled(row, lane >> 4);
+#pragma unroll
+        for (int j = 0; j < groups; j += 2) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float low = acc[4 * j + 2 * i], high = acc[4 * j + 2 * i + 1];
+                if (kBiased) {
+                    const uint32_t word = reinterpret_cast<const uint32_t*>(bias)[32 * c + 4 * (j + i / 2) + lane % 4];
+                    const float2 more = to_float2(word, static_cast<const T*>(nullptr));
+                    low += more.x;
+                    high += more.y;
+                }
+                words[i] = from_floats(low, high, static_cast<const T*>(nullptr));
+            }
+            ptx::stmatrix_x4(to ^ (j << 4), words);  // swizzled(row, j + (lane >> 4)), as j is even
+        }
+    }
+
+    // send_chunk, for fewer columns than a box, too, and in few registers.
+    __device__ __forceinline__ void send_chunk(const unsigned char* chunk, int first, int rows, int n,
+                                               int groups) const {
+        if (groups == 8 && rows == kRows) {
+            if (thread == 0) ptx::tma_store_3d(&args.y, chunk, n, 0, first);
+            return;
+        }
+#pragma unroll 1
+        for (int i = thread; i < kRows * groups; i += kWarpgroup) {
+            const int row = i / groups, piece = i % groups;
+            if (row >= rows) break;
+            if (n + piece * 8 >= args.width) continue;
+            T* to = static_cast<T*>(args.data) + static_cast<int64_t>(first + row) * args.width + n + piece * 8;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(chunk + swizzled(row, piece));
+        }
+    }
+
+    __device__ __forceinline__ void send(const Tile& tile, int rows, const float (&acc)[kHalves][kN / 2]) const {
+        const bool biased = args.bias != nullptr;
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            const int first = tile.first + half * kRows, rest = rows - half * kRows;
+            if (rest <= 0) break;
+#pragma unroll
+            for (int c = 0; c < kColumnChunks; ++c) {
+                const int n = tile.i_n() * kN + 64 * c, groups = c < kN / 64 ? 8 : kN % 64 / 8;
+                unsigned char* chunk = staging + c % kChunks * kChunkBytes;
+                auto write = [&] {
+                    const uint32_t to = ptx::shared_address(chunk);
+                    if (biased) {
+                        write_chunk<true>(to, acc[half] + 32 * c, c, groups);
+                    } else {
+                        write_chunk<false>(to, acc[half] + 32 * c, c, groups);
+                    }
+                };
+                auto send = [&] {
+                    if (n < args.width) send_chunk(chunk, first, min(rest, kRows), n, groups);
+                };
+                through_staging<kChunks - 1>(consumer, thread, write, send);
+            }
+        }
+    }
+};
+
+// Clocks of the tensor cores for a row of tiles, with a rest for each tile. In turn that is half of what an epilogue is
+// longer than the other consumer's products.
+int64_t clocks(int64_t width, int64_t steps, int columns, bool in_turn) {
+    constexpr int64_t kEpilogue = 2450;  // as measured in the other kernel: 64 rows of 256 columns
+    const int64_t products = steps * 4 * columns;
+    const int64_t rest = in_turn ? std::max<int64_t>(2 * kEpilogue - products, 0) / 2 : kEpilogue;
+    return ceil_div(width, columns) * (products + rest);
+}
+
+// Columns of a tile: kTileN is the kernel whose consumers work together, fewer the one where they take turns. Each of
+// its products needs an eighth to a sixth more bytes from L2, so it has to save 2 %: not where the reduction is long.
+int tile_columns(int64_t width, int64_t steps, bool across) {
+    int best = kTileN;
+    int64_t fewest = clocks(width, steps, kTileN, false) * 49 / 50;
+    for (const int columns : {208, 192}) {
+        const int64_t now = clocks(width, steps, columns, true);
+        if (now >= fewest || (across && columns % 64 != 0)) continue;
+        best = columns;
+        fewest = now;
+    }
+    return best;
+}
+
+template <bool kAcross>
+void launch_for(const GroupedGemmArguments& a, const Plan& plan, const StoreArguments& args, const Launch& launch) {
+    const int columns = tile_columns(a.width, ceil_div(a.reduced, kTileK), kAcross);
+    VarlenM p = varlen_m(plan, a.width, columns, a.reduced);
+    p.a = make_tensor_map({a.a, a.reduced, plan.num_rows, 1, a.a_stride, 0, kTileM, 1}, DType::kBFloat16);
+    auto in_turn = [&](auto width) {
+        constexpr int kN = decltype(width)::value;
+        p.w = weights_map(a.w, plan.num_experts, PingPong<kN, kAcross, kStages>::kBoxRows);
+        launch_pingpong<T, kN, kAcross, kStages, StoreInTurn<kN>>(p, args, launch);
+    };
+    if (columns == kTileN) {
+        p.w = weights_map(a.w, plan.num_experts, kAcross ? kTileK : kHalfN);
+        launch_varlen_m<T, false, kAcross, kStages, StoreTogether>(p, args, launch);
+    } else if (kAcross || columns == 192) {
+        in_turn(std::integral_constant<int, 192>());
+    } else if constexpr (!kAcross) {
+        in_turn(std::integral_constant<int, 208>());
+    }
+}
+
 }  // namespace
 
 void grouped_gemm(const GroupedGemmArguments& a, const Plan& plan, const Launch& launch) {
-    using T = __nv_bfloat16;
-    const Needs needs{Store<T>::kName};
+    const Needs needs{StoreTogether::kName};
     require_rows_plan(needs, plan);
     needs.multiple("width", a.width, 8);
     needs.multiple("reduced", a.reduced, 8);
@@ -71,16 +225,9 @@ void grouped_gemm(const GroupedGemmArguments& a, const Plan& plan, const Launch&
     if (a.bias != nullptr) needs.rows("bias", a.bias, a.bias_stride, plan.num_experts, sizeof(T));
     needs.weights(a.w, plan.num_experts, a.across ? a.reduced : a.width, a.across ? a.width : a.reduced);
 
-    VarlenM p = varlen_m(plan, a.width, kTileN, a.reduced);
-    p.a = make_tensor_map({a.a, a.reduced, plan.num_rows, 1, a.a_stride, 0, kTileM, 1}, DType::kBFloat16);
-    p.w = weights_map(a.w, plan.num_experts, a.across ? kTileK : kHalfN);
-    const Store<T>::Arguments args{rows_map(a.y, plan.num_rows, 1, a.width), a.y, static_cast<const T*>(a.bias),
-                                   a.bias_stride, static_cast<int>(a.width)};
-    if (a.across) {
-        launch_varlen_m<T, false, true, 4, Store<T>>(p, args, launch);
-    } else {
-        launch_varlen_m<T, false, false, 4, Store<T>>(p, args, launch);
-    }
+    const StoreArguments args{rows_map(a.y, plan.num_rows, 1, a.width), a.y, static_cast<const T*>(a.bias),
+                              a.bias_stride, static_cast<int>(a.width)};
+    a.across ? launch_for<true>(a, plan, args, launch) : launch_for<false>(a, plan, args, launch);
 }
 
 }  // namespace moe_kernels

@@ -31,7 +31,9 @@ constexpr int kAlignment = 1024;  // the swizzle's period
 constexpr int kRingBytes = 512;   // tiles and barriers
 
 // Shared memory of a block, whose start need not be aligned.
-constexpr int shared_bytes(int stages, int staging) { return kAlignment + stages * kStageBytes + staging + kRingBytes; }
+constexpr int shared_bytes(int stages, int staging, int stage_bytes = kStageBytes) {
+    return kAlignment + stages * stage_bytes + staging + kRingBytes;
+}
 
 __device__ __forceinline__ unsigned char* aligned(unsigned char* memory) {
     return memory + (-ptx::shared_address(memory) & (kAlignment - 1));
@@ -133,7 +135,8 @@ struct Shared {
     unsigned char* staging;  // of results
     TileRing<Tile>& tiles;
     uint64_t* full;   // per stage: its copies have landed
-    uint64_t* empty;  // per stage: all consumers of the cluster are done with it
+    uint64_t* empty;  // per stage: all consumers of the cluster that take it are done with it
+    uint64_t* own;    // the kernel's own
 
     // One thread for `warps` warps of a consumer. To both producers: either one's copies may fill the stage next.
     __device__ __forceinline__ void give_back(int stage, int warps = 1) const {
@@ -142,40 +145,44 @@ struct Shared {
     }
 };
 
-// At the start of a kernel, by all threads. A full barrier expects `copies` arrivals, an empty one those of all
-// consumer warps of the cluster.
-template <int kStages, int kStagingBytes, typename Tile>
+// At the start of a kernel, by all threads. A full barrier expects `copies` arrivals, an empty one those of all warps
+// of as many consumers in each block as take a stage, each of the kernel's own those of a warpgroup's warps.
+template <int kStages, int kStagingBytes, typename Tile, int kBytes = kStageBytes, int kTakers = kConsumers,
+          int kOwn = 0>
 __device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memory, int copies) {
-    static_assert(sizeof(TileRing<Tile>) + 2 * kStages * sizeof(uint64_t) <= kRingBytes);
+    static_assert(sizeof(TileRing<Tile>) + (2 * kStages + kOwn) * sizeof(uint64_t) <= kRingBytes);
+    static_assert(kBytes % kAlignment == 0);
     // Tile j + 1 is published in a step of tile j, when the cluster's consumers are known to have finished the step
     // that lies kStages + 1 steps back. A tile has one step at least, so they have read tile j - kStages - 1, and the
     // kStages + 2 tiles after that one, up to j + 1, need a place each.
     static_assert(kStages + 2 <= kTileRing);
     unsigned char* stages = aligned(memory);
-    unsigned char* staging = stages + kStages * kStageBytes;
+    unsigned char* staging = stages + kStages * kBytes;
     auto& tiles = *reinterpret_cast<TileRing<Tile>*>(staging + kStagingBytes);
     uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
     uint64_t* empty = full + kStages;
+    uint64_t* own = empty + kStages;
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
             ptx::mbarrier_init(full + s, copies);
-            ptx::mbarrier_init(empty + s, kCluster * kConsumers * kWarpgroup / kWarpSize);
+            ptx::mbarrier_init(empty + s, kCluster * kTakers * kWarpgroup / kWarpSize);
         }
+        for (int i = 0; i < kOwn; ++i) ptx::mbarrier_init(own + i, kWarpgroup / kWarpSize);
         tiles.init();
         ptx::mbarrier_init_fence();
     }
     ptx::cluster_sync();
-    return {stages, staging, tiles, full, empty};
+    return {stages, staging, tiles, full, empty, own};
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Host
 
 // A block a multiprocessor, for a kernel whose clusters draw `num_draws` numbers.
-template <int kStages, int kStagingBytes, typename... Parameters>
+template <int kStages, int kStagingBytes, int kStage = kStageBytes, typename... Parameters>
 void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_draws, const Launch& launch,
                      const Parameters&... arguments) {
-    constexpr int kBytes = shared_bytes(kStages, kStagingBytes);
+    constexpr int kBytes = shared_bytes(kStages, kStagingBytes, kStage);
     static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
     require(launch.counter != nullptr, name, ": counter must not be null");
     require(launch.num_sms >= kCluster, name, ": num_sms must be at least ", kCluster, ", got ", launch.num_sms);

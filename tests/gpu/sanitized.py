@@ -61,6 +61,7 @@ HOPPER = [
     (Case(150, 2, 9, 128, 72, routing="empty"), EVERYTHING._replace(wgrad_dtype=FP32)),
     (Case(150, 3, 5, 128, 72, routing="sentinels"), How(stored="a", weights_dtype=FP32)),
     (Case(100, 2, 4, 128, 72, routing="all_dropped"), EVERYTHING),
+    (Case(140, 2, 3, 832, 72), EVERYTHING),  # down in turn, 208 columns a tile
     (Case(700, 4, 12, 64, 520), How()),  # more tiles than a cluster's ring has places
     *[
         (

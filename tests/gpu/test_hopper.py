@@ -1,7 +1,8 @@
 """The Hopper kernels of the CUDA backend, each forced: no case here may fall back to another backend.
 
-The cases are about their tiles: 128 rows in pairs, 256 columns (128 with a gate), 64 of the reduction; rings of four
-stages; experts that end inside a tile, a pair or a step; more tiles than blocks. Random problems: test_soak.py.
+The cases are about their tiles: 128 rows in pairs, 256 columns (128 with a gate; 192 or 208 where consumers take
+turns), 64 of the reduction; rings of four stages; experts that end inside a tile, a pair or a step; more tiles than
+blocks. Random problems: test_soak.py.
 """
 
 import pytest
@@ -39,6 +40,7 @@ CASES = [
     Case(300, 4, 3, 128, 72, routing="duplicates", block_m=128),
     Case(100, 2, 4, 128, 72, routing="all_dropped", block_m=128),
     Case(3000, 2, 4, 512, 1032, block_m=128),  # more tiles than blocks: the rings go round
+    Case(700, 3, 7, 832, 200, block_m=128),  # down in turn, 208 columns a tile
 ]
 
 
@@ -82,6 +84,9 @@ def test_families(case, transposed, bias, poison):
 MANY_TILES = [
     Case(40000, 2, 64, 64, 392, block_m=128),  # gate_up: the shortest reduction
     Case(40000, 2, 64, 1024, 64, block_m=128),  # down
+    Case(40000, 2, 64, 832, 64, block_m=128),  # down in turn, 208 columns a tile
+    Case(40000, 2, 64, 576, 32, block_m=128),  # down and dX in turn, 192 columns a tile
+    Case(6000, 2, 300, 576, 32, block_m=128),  # the same, experts of 40 rows: half a tile each
     Case(8000, 2, 1024, 256, 136, block_m=128),  # weight gradients: few rows an expert
     Case(200, 2, 4, 4160, 2056, block_m=128),  # wide weight gradients
 ]
@@ -180,7 +185,7 @@ def test_empty_experts_get_zeros(poison):
 @pytest.mark.parametrize(
     "case",
     [
-        *[CASES[5], CASES[6], CASES[12]],
+        *[CASES[5], CASES[6], CASES[12], CASES[13]],
         Case(2000, 4, 8, 192, 320, "swiglu_oai", block_m=128, interleaved=True),
         Case(2000, 4, 8, 192, 320, "relu2", block_m=128),
     ],

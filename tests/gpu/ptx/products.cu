@@ -24,18 +24,33 @@ __global__ void mma_kernel(float* c, const uint32_t* a, const uint32_t* b) {
 
 constexpr int kStepBytes = 5 * kChunkBytes;  // 64 rows of A, 256 columns of B
 
-// c [64, 256] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn. Rows of
-// 64 elements: a [steps, 64] and b [steps, 256] as they lie in shared memory, along or across the reduction.
+// The product of as many columns as D has.
 template <int kAcrossA, int kAcrossB>
+__device__ void product(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
+    ptx::Wgmma<__nv_bfloat16, 192, kAcrossA, kAcrossB>::run(d, a, b, accumulate);
+}
+template <int kAcrossA, int kAcrossB>
+__device__ void product(float (&d)[104], uint64_t a, uint64_t b, bool accumulate) {
+    ptx::Wgmma<__nv_bfloat16, 208, kAcrossA, kAcrossB>::run(d, a, b, accumulate);
+}
+template <int kAcrossA, int kAcrossB>
+__device__ void product(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
+    ptx::Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB>::run(d, a, b, accumulate);
+}
+
+// c [64, kN] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn, with the
+// first kN columns of B. Rows of 64 elements: a [steps, 64] and b [steps, 256] as they lie in shared memory, along or
+// across the reduction.
+template <int kN, int kAcrossA, int kAcrossB>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     wgmma_kernel(float* c, const uint4* a, const uint4* b, int steps, bool accumulate) {
     extern __shared__ unsigned char memory[];
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     // Of accumulators 4j and 4j + 1; the next two are eight rows below.
-    auto at = [&](int j) { return c + (16 * warp + lane / 4) * 256 + 8 * j + 2 * (lane % 4); };
-    float acc[128];
+    auto at = [&](int j) { return c + (16 * warp + lane / 4) * kN + 8 * j + 2 * (lane % 4); };
+    float acc[kN / 2];
 #pragma unroll
-    for (int i = 0; i < 128; ++i) acc[i] = at(i / 4)[i / 2 % 2 * 8 * 256 + i % 2];
+    for (int i = 0; i < kN / 2; ++i) acc[i] = at(i / 4)[i / 2 % 2 * 8 * kN + i % 2];
     for (int k = 0; k < steps; ++k) {
         unsigned char* stage_a = aligned(memory) + k % 2 * kStepBytes;
         unsigned char* stage_b = stage_a + kChunkBytes;
@@ -50,9 +65,9 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            ptx::Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB>::run(
-                acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
-                desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong), accumulate || (k | i) != 0);
+            product<kAcrossA, kAcrossB>(acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
+                                        desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong),
+                                        accumulate || (k | i) != 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();  // the step before this one has read its stage
@@ -60,7 +75,14 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
     }
     ptx::wgmma_wait_all(acc);
 #pragma unroll
-    for (int i = 0; i < 128; ++i) at(i / 4)[i / 2 % 2 * 8 * 256 + i % 2] = acc[i];
+    for (int i = 0; i < kN / 2; ++i) at(i / 4)[i / 2 % 2 * 8 * kN + i % 2] = acc[i];
+}
+
+template <int kN>
+auto wgmma_of(bool across_a, bool across_b) {
+    return across_a   ? across_b ? wgmma_kernel<kN, 1, 1> : wgmma_kernel<kN, 1, 0>
+           : across_b ? wgmma_kernel<kN, 0, 1>
+                      : wgmma_kernel<kN, 0, 0>;
 }
 
 }  // namespace
@@ -71,11 +93,11 @@ const char* mma(float* c, const uint32_t* a, const uint32_t* b, int half, cudaSt
     return run(half ? mma_kernel<__half> : mma_kernel<__nv_bfloat16>, 1, kWarpSize, 0, stream, c, a, b);
 }
 
-const char* wgmma(float* c, const uint4* a, const uint4* b, int steps, int accumulate, int across_a, int across_b,
-                  cudaStream_t stream) {
-    const auto kernel = across_a   ? across_b ? wgmma_kernel<1, 1> : wgmma_kernel<1, 0>
-                        : across_b ? wgmma_kernel<0, 1>
-                                   : wgmma_kernel<0, 0>;
+const char* wgmma(float* c, const uint4* a, const uint4* b, int columns, int steps, int accumulate, int across_a,
+                  int across_b, cudaStream_t stream) {
+    const auto kernel = columns == 192   ? wgmma_of<192>(across_a, across_b)
+                        : columns == 208 ? wgmma_of<208>(across_a, across_b)
+                                         : wgmma_of<256>(across_a, across_b);
     return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes, stream, c, a, b, steps, accumulate != 0);
 }
 
