@@ -58,6 +58,22 @@ __device__ __forceinline__ void wgmma_wait_all(float (&d)[kSize]) {
 template <typename T, int kN, int kAcrossA, int kAcrossB>
 struct Wgmma;
 
+// The accumulators as operands, by tens: ten of them from 10 * t on (t is empty for the first), as the text names them
+// and what they are; and the first ninety.
+// clang-format off
+#define MOE_KERNELS_NAMES(t) \
+    "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define MOE_KERNELS_VALUES(t) \
+    "+f"(d[t##0]), "+f"(d[t##1]), "+f"(d[t##2]), "+f"(d[t##3]), "+f"(d[t##4]), \
+    "+f"(d[t##5]), "+f"(d[t##6]), "+f"(d[t##7]), "+f"(d[t##8]), "+f"(d[t##9])
+#define MOE_KERNELS_90_NAMES \
+    MOE_KERNELS_NAMES() MOE_KERNELS_NAMES(1) MOE_KERNELS_NAMES(2) MOE_KERNELS_NAMES(3) MOE_KERNELS_NAMES(4) \
+    MOE_KERNELS_NAMES(5) MOE_KERNELS_NAMES(6) MOE_KERNELS_NAMES(7) MOE_KERNELS_NAMES(8)
+#define MOE_KERNELS_90_VALUES \
+    MOE_KERNELS_VALUES(), MOE_KERNELS_VALUES(1), MOE_KERNELS_VALUES(2), MOE_KERNELS_VALUES(3), MOE_KERNELS_VALUES(4), \
+    MOE_KERNELS_VALUES(5), MOE_KERNELS_VALUES(6), MOE_KERNELS_VALUES(7), MOE_KERNELS_VALUES(8)
+// clang-format on
+
 template <int kAcrossA, int kAcrossB>
 struct Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB> {
     static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
@@ -65,36 +81,34 @@ struct Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB> {
             "{\n"
             ".reg .pred p;\n"
             "setp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-            "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-            "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-            "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-            "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-            "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-            "%128, %129, p, 1, 1, %131, %132;\n"
+            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" MOE_KERNELS_90_NAMES
+            MOE_KERNELS_NAMES(9) MOE_KERNELS_NAMES(10) MOE_KERNELS_NAMES(11)
+            "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1, %131, %132;\n"
             "}\n"
-            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-              "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-              "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-              "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
-              "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
-              "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
-              "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
-              "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]),
-              "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71]),
-              "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79]),
-              "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87]),
-              "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95]),
-              "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]),
-              "+f"(d[103]), "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]),
-              "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]),
-              "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]),
-              "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
+            : MOE_KERNELS_90_VALUES, MOE_KERNELS_VALUES(9), MOE_KERNELS_VALUES(10), MOE_KERNELS_VALUES(11), "+f"(d[120]),
+              "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
             : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));
     }
 };
+
+template <int kAcrossA, int kAcrossB>
+struct Wgmma<__nv_bfloat16, 192, kAcrossA, kAcrossB> {
+    static __device__ __forceinline__ void run(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
+        asm volatile(
+            "{\n"
+            ".reg .pred p;\n"
+            "setp.ne.b32 p, %98, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {" MOE_KERNELS_90_NAMES
+            "%90, %91, %92, %93, %94, %95}, %96, %97, p, 1, 1, %99, %100;\n"
+            "}\n"
+            : MOE_KERNELS_90_VALUES, "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
+            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));
+    }
+};
+
+#undef MOE_KERNELS_NAMES
+#undef MOE_KERNELS_VALUES
+#undef MOE_KERNELS_90_NAMES
+#undef MOE_KERNELS_90_VALUES
 
 }  // namespace moe_kernels::ptx

@@ -17,8 +17,9 @@ constexpr int kConsumers = 2;               // warpgroups
 constexpr int kWarpgroup = 128;             // threads
 constexpr int kRows = kTileM / kConsumers;  // of a consumer
 constexpr int kBlockThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kCluster = 2;                            // blocks
-constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;  // a bit each
+constexpr int kLaunchRegisters = 65536 / kBlockThreads / 8 * 8;  // of a thread, before any are given or taken
+constexpr int kCluster = 2;                                      // blocks
+constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;            // a bit each
 
 constexpr int kRowBytes = 128;  // 64 elements, the swizzle's width
 constexpr int kABytes = kTileM * kRowBytes;
@@ -31,7 +32,9 @@ constexpr int kAlignment = 1024;  // the swizzle's period
 constexpr int kRingBytes = 512;   // tiles and barriers
 
 // Shared memory of a block, whose start need not be aligned.
-constexpr int shared_bytes(int stages, int staging) { return kAlignment + stages * kStageBytes + staging + kRingBytes; }
+constexpr int shared_bytes(int stages, int staging, int stage_bytes = kStageBytes) {
+    return kAlignment + stages * stage_bytes + staging + kRingBytes;
+}
 
 __device__ __forceinline__ unsigned char* aligned(unsigned char* memory) {
     return memory + (-ptx::shared_address(memory) & (kAlignment - 1));
@@ -142,9 +145,9 @@ struct Shared {
     }
 };
 
-// At the start of a kernel, by all threads. A full barrier expects `copies` arrivals, an empty one those of all
-// consumer warps of the cluster.
-template <int kStages, int kStagingBytes, typename Tile>
+// At the start of a kernel, by all threads; kBytesOfStage: of A and B. A full barrier expects `copies` arrivals, an
+// empty one those of all consumer warps of the cluster.
+template <int kStages, int kStagingBytes, typename Tile, int kBytesOfStage = kStageBytes>
 __device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memory, int copies) {
     static_assert(sizeof(TileRing<Tile>) + 2 * kStages * sizeof(uint64_t) <= kRingBytes);
     // Tile j + 1 is published in a step of tile j, when the cluster's consumers are known to have finished the step
@@ -152,7 +155,7 @@ __device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memo
     // kStages + 2 tiles after that one, up to j + 1, need a place each.
     static_assert(kStages + 2 <= kTileRing);
     unsigned char* stages = aligned(memory);
-    unsigned char* staging = stages + kStages * kStageBytes;
+    unsigned char* staging = stages + kStages * kBytesOfStage;
     auto& tiles = *reinterpret_cast<TileRing<Tile>*>(staging + kStagingBytes);
     uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
     uint64_t* empty = full + kStages;
@@ -172,10 +175,10 @@ __device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memo
 // Host
 
 // A block a multiprocessor, for a kernel whose clusters draw `num_draws` numbers.
-template <int kStages, int kStagingBytes, typename... Parameters>
+template <int kStages, int kStagingBytes, int kBytesOfStage = kStageBytes, typename... Parameters>
 void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_draws, const Launch& launch,
                      const Parameters&... arguments) {
-    constexpr int kBytes = shared_bytes(kStages, kStagingBytes);
+    constexpr int kBytes = shared_bytes(kStages, kStagingBytes, kBytesOfStage);
     static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
     require(launch.counter != nullptr, name, ": counter must not be null");
     require(launch.num_sms >= kCluster, name, ": num_sms must be at least ", kCluster, ", got ", launch.num_sms);

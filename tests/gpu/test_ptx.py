@@ -247,12 +247,13 @@ def in_steps(operand, across):
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("across_b", [False, True], ids=["b-along", "b-across"])
 @pytest.mark.parametrize("across_a", [False, True], ids=["a-along", "a-across"])
-def test_wgmma(run, across_a, across_b, steps, accumulate):
+@pytest.mark.parametrize("width", [192, 256])
+def test_wgmma(run, width, across_a, across_b, steps, accumulate):
     """Wgmma, its descriptors, fences and groups; fence_async_proxy, as ordinary stores write the operands."""
-    a, b = integers(64, 64 * steps), integers(256, 64 * steps)
-    c = integers(64, 256, dtype=torch.float32) if accumulate else poisoned(64, 256, dtype=torch.float32)
+    a, b = integers(64, 64 * steps), integers(width, 64 * steps)
+    c = integers(64, width, dtype=torch.float32) if accumulate else poisoned(64, width, dtype=torch.float32)
     expected = a.float() @ b.float().T + (c if accumulate else 0)
-    run("wgmma", c, in_steps(a, across_a), in_steps(b, across_b), steps, accumulate, across_a, across_b)
+    run("wgmma", c, in_steps(a, across_a), in_steps(b, across_b), steps, accumulate, across_a, across_b, width)
     assert_same(c, expected)
 
 

@@ -1,4 +1,6 @@
 // csrc/ptx/mma.cuh and wgmma.cuh.
+#include <type_traits>
+
 #include "harness.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/wgmma.cuh"
@@ -22,25 +24,29 @@ __global__ void mma_kernel(float* c, const uint32_t* a, const uint32_t* b) {
     lower[1] = sums[3];
 }
 
-constexpr int kStepBytes = 5 * kChunkBytes;  // 64 rows of A, 256 columns of B
+template <int kN>
+constexpr int kStepBytes = kChunkBytes + kN * kRowBytes;  // 64 rows of A, kN columns of B
 
-// c [64, 256] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn. Rows of
-// 64 elements: a [steps, 64] and b [steps, 256] as they lie in shared memory, along or across the reduction.
-template <int kAcrossA, int kAcrossB>
+// c [64, kN] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn. Rows of
+// 64 elements: a [steps, 64] and b [steps, kN] as they lie in shared memory, along or across the reduction.
+template <int kN, int kAcrossA, int kAcrossB>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     wgmma_kernel(float* c, const uint4* a, const uint4* b, int steps, bool accumulate) {
+    using Product =
+        std::conditional_t<kN == 256, ptx::Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB>,
+                           std::conditional_t<kN == 192, ptx::Wgmma<__nv_bfloat16, 192, kAcrossA, kAcrossB>, void>>;
     extern __shared__ unsigned char memory[];
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     // Of accumulators 4j and 4j + 1; the next two are eight rows below.
-    auto at = [&](int j) { return c + (16 * warp + lane / 4) * 256 + 8 * j + 2 * (lane % 4); };
-    float acc[128];
+    auto at = [&](int j) { return c + (16 * warp + lane / 4) * kN + 8 * j + 2 * (lane % 4); };
+    float acc[kN / 2];
 #pragma unroll
-    for (int i = 0; i < 128; ++i) acc[i] = at(i / 4)[i / 2 % 2 * 8 * 256 + i % 2];
+    for (int i = 0; i < kN / 2; ++i) acc[i] = at(i / 4)[i / 2 % 2 * 8 * kN + i % 2];
     for (int k = 0; k < steps; ++k) {
-        unsigned char* stage_a = aligned(memory) + k % 2 * kStepBytes;
+        unsigned char* stage_a = aligned(memory) + k % 2 * kStepBytes<kN>;
         unsigned char* stage_b = stage_a + kChunkBytes;
         fill_box(stage_a, a + k * 64 * 8, 64);
-        fill_box(stage_b, b + k * 256 * 8, 256);
+        fill_box(stage_b, b + k * kN * 8, kN);
         ptx::fence_async_proxy();
         __syncthreads();
         const uint64_t desc_a =
@@ -50,9 +56,8 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            ptx::Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB>::run(
-                acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
-                desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong), accumulate || (k | i) != 0);
+            Product::run(acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
+                         desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong), accumulate || (k | i) != 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();  // the step before this one has read its stage
@@ -60,7 +65,7 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
     }
     ptx::wgmma_wait_all(acc);
 #pragma unroll
-    for (int i = 0; i < 128; ++i) at(i / 4)[i / 2 % 2 * 8 * 256 + i % 2] = acc[i];
+    for (int i = 0; i < kN / 2; ++i) at(i / 4)[i / 2 % 2 * 8 * kN + i % 2] = acc[i];
 }
 
 }  // namespace
@@ -72,11 +77,19 @@ const char* mma(float* c, const uint32_t* a, const uint32_t* b, int half, cudaSt
 }
 
 const char* wgmma(float* c, const uint4* a, const uint4* b, int steps, int accumulate, int across_a, int across_b,
-                  cudaStream_t stream) {
-    const auto kernel = across_a   ? across_b ? wgmma_kernel<1, 1> : wgmma_kernel<1, 0>
-                        : across_b ? wgmma_kernel<0, 1>
-                                   : wgmma_kernel<0, 0>;
-    return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes, stream, c, a, b, steps, accumulate != 0);
+                  int width, cudaStream_t stream) {
+    const auto run_width = [&](auto of) {
+        constexpr int kN = decltype(of)::value;
+        const auto kernel = across_a   ? across_b ? wgmma_kernel<kN, 1, 1> : wgmma_kernel<kN, 1, 0>
+                            : across_b ? wgmma_kernel<kN, 0, 1>
+                                       : wgmma_kernel<kN, 0, 0>;
+        return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes<kN>, stream, c, a, b, steps, accumulate != 0);
+    };
+    switch (width) {
+        case 192: return run_width(std::integral_constant<int, 192>{});
+        case 256: return run_width(std::integral_constant<int, 256>{});
+        default: return "no product of this width";
+    }
 }
 
 }  // extern "C"
