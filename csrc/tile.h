@@ -1,4 +1,4 @@
-// The tile of the Hopper kernels, for both sides.
+// The tile of the Hopper kernels, for both sides. grouped_wgrad has its own, but for kTileK.
 #pragma once
 
 namespace moe_kernels {

@@ -17,8 +17,9 @@ constexpr int kConsumers = 2;               // warpgroups
 constexpr int kWarpgroup = 128;             // threads
 constexpr int kRows = kTileM / kConsumers;  // of a consumer
 constexpr int kBlockThreads = (1 + kConsumers) * kWarpgroup;
-constexpr int kCluster = 2;                            // blocks
-constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;  // a bit each
+constexpr int kLaunchRegisters = 65536 / kBlockThreads / 8 * 8;  // of a thread, before any are given or taken
+constexpr int kCluster = 2;                                      // blocks
+constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;            // a bit each
 
 constexpr int kRowBytes = 128;  // 64 elements, the swizzle's width
 constexpr int kABytes = kTileM * kRowBytes;
@@ -145,19 +146,20 @@ struct Shared {
     }
 };
 
-// At the start of a kernel, by all threads. A full barrier expects `copies` arrivals, an empty one those of all warps
-// of as many consumers in each block as take a stage, each of the kernel's own those of a warpgroup's warps.
-template <int kStages, int kStagingBytes, typename Tile, int kBytes = kStageBytes, int kTakers = kConsumers,
+// At the start of a kernel, by all threads; kBytesOfStage: of A and B. A full barrier expects `copies` arrivals, an
+// empty one those of all warps of as many consumers in each block as take a stage, each of the kernel's own those of a
+// warpgroup's warps.
+template <int kStages, int kStagingBytes, typename Tile, int kBytesOfStage = kStageBytes, int kTakers = kConsumers,
           int kOwn = 0>
 __device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memory, int copies) {
     static_assert(sizeof(TileRing<Tile>) + (2 * kStages + kOwn) * sizeof(uint64_t) <= kRingBytes);
-    static_assert(kBytes % kAlignment == 0);
+    static_assert(kBytesOfStage % kAlignment == 0);
     // Tile j + 1 is published in a step of tile j, when the cluster's consumers are known to have finished the step
     // that lies kStages + 1 steps back. A tile has one step at least, so they have read tile j - kStages - 1, and the
     // kStages + 2 tiles after that one, up to j + 1, need a place each.
     static_assert(kStages + 2 <= kTileRing);
     unsigned char* stages = aligned(memory);
-    unsigned char* staging = stages + kStages * kBytes;
+    unsigned char* staging = stages + kStages * kBytesOfStage;
     auto& tiles = *reinterpret_cast<TileRing<Tile>*>(staging + kStagingBytes);
     uint64_t* full = reinterpret_cast<uint64_t*>(&tiles + 1);
     uint64_t* empty = full + kStages;
@@ -179,10 +181,10 @@ __device__ __forceinline__ Shared<kStages, Tile> init_shared(unsigned char* memo
 // Host
 
 // A block a multiprocessor, for a kernel whose clusters draw `num_draws` numbers.
-template <int kStages, int kStagingBytes, int kStage = kStageBytes, typename... Parameters>
+template <int kStages, int kStagingBytes, int kBytesOfStage = kStageBytes, typename... Parameters>
 void launch_clusters(const char* name, void (*kernel)(Parameters...), int64_t num_draws, const Launch& launch,
                      const Parameters&... arguments) {
-    constexpr int kBytes = shared_bytes(kStages, kStagingBytes, kStage);
+    constexpr int kBytes = shared_bytes(kStages, kStagingBytes, kBytesOfStage);
     static_assert(kBytes <= 227 * 1024, "more shared memory than a block can have");
     require(launch.counter != nullptr, name, ": counter must not be null");
     require(launch.num_sms >= kCluster, name, ": num_sms must be at least ", kCluster, ", got ", launch.num_sms);

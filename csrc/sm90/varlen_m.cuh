@@ -273,7 +273,7 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
             continue;
         }
         epilogue.begin(first, rows);
-        float acc[kTileN / 2];
+        float acc[1][kTileN / 2];
         multiply<T, false, kAcross, kGather>(acc, shared, ring, steps, consumer, first_lane, [&](int k) {
             if (k == look_ahead_step) epilogue.look_ahead();
         });
@@ -284,7 +284,7 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
             ring.advance();
             return stage;
         };
-        epilogue.finish(tile, first, rows, acc, shared.stages, take,
+        epilogue.finish(tile, first, rows, acc[0], shared.stages, take,
                         [&](int stage) { shared.give_back(stage, kWarps); });
     }
     if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it

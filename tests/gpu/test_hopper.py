@@ -2,7 +2,7 @@
 
 The cases are about their tiles: 128 rows in pairs, 256 columns (128 with a gate; 192 or 208 where consumers take
 turns), 64 of the reduction; rings of four stages; experts that end inside a tile, a pair or a step; more tiles than
-blocks. Random problems: test_soak.py.
+blocks. Weight gradients have tiles of their own (TALL_TILES). Random problems: test_soak.py.
 """
 
 import pytest
@@ -80,6 +80,14 @@ def test_families(case, transposed, bias, poison):
     check(case, transposed, bias)
 
 
+#: Weight gradients of pairs of tiles of 256 by 192 (D by I and 2 * I), where those cover less than 128 by 256 would.
+TALL_TILES = [
+    Case(700, 2, 3, 512, 192, block_m=128),  # exactly a pair, of one column tile and of two
+    Case(700, 2, 3, 576, 136, block_m=128),  # a pair without columns for its second tile
+    Case(700, 2, 3, 840, 144, block_m=128),  # with 72: a chunk and eight
+    Case(300, 2, 9, 512, 136, routing="empty", block_m=128),
+]
+
 #: About twenty tiles a cluster, most of one step: the ring of eight published tiles goes round while others draw.
 MANY_TILES = [
     Case(40000, 2, 64, 64, 392, block_m=128),  # gate_up: the shortest reduction
@@ -88,6 +96,7 @@ MANY_TILES = [
     Case(40000, 2, 64, 576, 32, block_m=128),  # down and dX in turn, 192 columns a tile
     Case(6000, 2, 300, 576, 32, block_m=128),  # the same, experts of 40 rows: half a tile each
     Case(8000, 2, 1024, 256, 136, block_m=128),  # weight gradients: few rows an expert
+    Case(4000, 2, 512, 512, 136, block_m=128),  # the same in tall tiles, with a ring of three stages
     Case(200, 2, 4, 4160, 2056, block_m=128),  # wide weight gradients
 ]
 
@@ -145,6 +154,7 @@ def test_a_bias_that_is_not_aligned_or_a_slice():
 #: Chunks of 256 rows: experts that end in one, share one, own many; more experts than a block has threads.
 SUMS = [
     *CASES,
+    *TALL_TILES,
     WIDE,
     Case(256, 1, 1, 64, 64, block_m=128),
     Case(257, 1, 1, 64, 264, block_m=128),

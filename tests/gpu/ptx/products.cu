@@ -1,4 +1,6 @@
 // csrc/ptx/mma.cuh and wgmma.cuh.
+#include <type_traits>
+
 #include "harness.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/wgmma.cuh"
@@ -22,28 +24,15 @@ __global__ void mma_kernel(float* c, const uint32_t* a, const uint32_t* b) {
     lower[1] = sums[3];
 }
 
-constexpr int kStepBytes = 5 * kChunkBytes;  // 64 rows of A, 256 columns of B
+template <int kN>
+constexpr int kStepBytes = kChunkBytes + kN * kRowBytes;  // 64 rows of A, kN columns of B
 
-// The product of as many columns as D has.
-template <int kAcrossA, int kAcrossB>
-__device__ void product(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
-    ptx::Wgmma<__nv_bfloat16, 192, kAcrossA, kAcrossB>::run(d, a, b, accumulate);
-}
-template <int kAcrossA, int kAcrossB>
-__device__ void product(float (&d)[104], uint64_t a, uint64_t b, bool accumulate) {
-    ptx::Wgmma<__nv_bfloat16, 208, kAcrossA, kAcrossB>::run(d, a, b, accumulate);
-}
-template <int kAcrossA, int kAcrossB>
-__device__ void product(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-    ptx::Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB>::run(d, a, b, accumulate);
-}
-
-// c [64, kN] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn, with the
-// first kN columns of B. Rows of 64 elements: a [steps, 64] and b [steps, 256] as they lie in shared memory, along or
-// across the reduction.
+// c [64, kN] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn. Rows of
+// 64 elements: a [steps, 64] and b [steps, kN] as they lie in shared memory, along or across the reduction.
 template <int kN, int kAcrossA, int kAcrossB>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     wgmma_kernel(float* c, const uint4* a, const uint4* b, int steps, bool accumulate) {
+    using Product = ptx::Wgmma<__nv_bfloat16, kN, kAcrossA, kAcrossB>;
     extern __shared__ unsigned char memory[];
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     // Of accumulators 4j and 4j + 1; the next two are eight rows below.
@@ -52,10 +41,10 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
 #pragma unroll
     for (int i = 0; i < kN / 2; ++i) acc[i] = at(i / 4)[i / 2 % 2 * 8 * kN + i % 2];
     for (int k = 0; k < steps; ++k) {
-        unsigned char* stage_a = aligned(memory) + k % 2 * kStepBytes;
+        unsigned char* stage_a = aligned(memory) + k % 2 * kStepBytes<kN>;
         unsigned char* stage_b = stage_a + kChunkBytes;
         fill_box(stage_a, a + k * 64 * 8, 64);
-        fill_box(stage_b, b + k * 256 * 8, 256);
+        fill_box(stage_b, b + k * kN * 8, kN);
         ptx::fence_async_proxy();
         __syncthreads();
         const uint64_t desc_a =
@@ -65,9 +54,8 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            product<kAcrossA, kAcrossB>(acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
-                                        desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong),
-                                        accumulate || (k | i) != 0);
+            Product::run(acc, desc_a + i * (kAcrossA ? ptx::kNextAcross : ptx::kNextAlong),
+                         desc_b + i * (kAcrossB ? ptx::kNextAcross : ptx::kNextAlong), accumulate || (k | i) != 0);
         }
         ptx::wgmma_commit();
         ptx::wgmma_wait<1>();  // the step before this one has read its stage
@@ -78,13 +66,6 @@ __global__ void __launch_bounds__(kWarpgroup, 1)
     for (int i = 0; i < kN / 2; ++i) at(i / 4)[i / 2 % 2 * 8 * kN + i % 2] = acc[i];
 }
 
-template <int kN>
-auto wgmma_of(bool across_a, bool across_b) {
-    return across_a   ? across_b ? wgmma_kernel<kN, 1, 1> : wgmma_kernel<kN, 1, 0>
-           : across_b ? wgmma_kernel<kN, 0, 1>
-                      : wgmma_kernel<kN, 0, 0>;
-}
-
 }  // namespace
 
 extern "C" {
@@ -93,12 +74,21 @@ const char* mma(float* c, const uint32_t* a, const uint32_t* b, int half, cudaSt
     return run(half ? mma_kernel<__half> : mma_kernel<__nv_bfloat16>, 1, kWarpSize, 0, stream, c, a, b);
 }
 
-const char* wgmma(float* c, const uint4* a, const uint4* b, int columns, int steps, int accumulate, int across_a,
-                  int across_b, cudaStream_t stream) {
-    const auto kernel = columns == 192   ? wgmma_of<192>(across_a, across_b)
-                        : columns == 208 ? wgmma_of<208>(across_a, across_b)
-                                         : wgmma_of<256>(across_a, across_b);
-    return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes, stream, c, a, b, steps, accumulate != 0);
+const char* wgmma(float* c, const uint4* a, const uint4* b, int steps, int accumulate, int across_a, int across_b,
+                  int width, cudaStream_t stream) {
+    const auto run_width = [&](auto of) {
+        constexpr int kN = decltype(of)::value;
+        const auto kernel = across_a   ? across_b ? wgmma_kernel<kN, 1, 1> : wgmma_kernel<kN, 1, 0>
+                            : across_b ? wgmma_kernel<kN, 0, 1>
+                                       : wgmma_kernel<kN, 0, 0>;
+        return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes<kN>, stream, c, a, b, steps, accumulate != 0);
+    };
+    switch (width) {
+        case 192: return run_width(std::integral_constant<int, 192>{});
+        case 208: return run_width(std::integral_constant<int, 208>{});
+        case 256: return run_width(std::integral_constant<int, 256>{});
+        default: return "no product of this width";
+    }
 }
 
 }  // extern "C"
