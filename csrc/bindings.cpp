@@ -15,6 +15,7 @@
 #include "gate_up.h"
 #include "grouped_gemm.h"
 #include "grouped_wgrad.h"
+#include "permute.h"
 #include "plan.h"
 #include "routing_plan.h"
 #include "row_sums.h"
@@ -43,19 +44,19 @@ int driver_version() {
 }
 
 void bind_routing_plan(py::module_& m) {
-    m.def("routing_plan_workspace", &routing_plan_workspace, py::kw_only(), "num_slots"_a, "num_experts"_a,
+    m.def("routing_plan_workspace", &routing_plan_workspace, py::kw_only(), "num_slots"_a, "num_experts"_a, "num_sms"_a,
           "int32 words of scratch memory that routing_plan needs.");
     m.def(
         "routing_plan",
         [](uintptr_t indices, int index_bytes, int64_t num_slots, int num_experts, int block_m, int64_t num_tiles,
-           uintptr_t workspace, uintptr_t offsets, uintptr_t slots, uintptr_t positions, uintptr_t tiles,
+           int num_sms, uintptr_t workspace, uintptr_t offsets, uintptr_t slots, uintptr_t positions, uintptr_t tiles,
            uintptr_t stream) {
-            routing_plan(pointer<const void>(indices), index_bytes, num_slots, num_experts, block_m, num_tiles,
+            routing_plan(pointer<const void>(indices), index_bytes, num_slots, num_experts, block_m, num_tiles, num_sms,
                          pointer<int>(workspace), pointer<int>(offsets), pointer<int>(slots), pointer<int>(positions),
                          pointer<int>(tiles), stream_of(stream));
         },
         py::kw_only(), "indices"_a, "index_bytes"_a, "num_slots"_a, "num_experts"_a, "block_m"_a, "num_tiles"_a,
-        "workspace"_a, "offsets"_a, "slots"_a, "positions"_a, "tiles"_a, "stream"_a);
+        "num_sms"_a, "workspace"_a, "offsets"_a, "slots"_a, "positions"_a, "tiles"_a, "stream"_a);
 }
 
 void bind_topk_route(py::module_& m) {
@@ -146,6 +147,30 @@ void bind_combine(py::module_& m) {
         },
         py::kw_only(), "out"_a, "out_stride"_a, "y"_a, "y_stride"_a, "positions"_a, "weights"_a, "weights_dtype"_a,
         "residual"_a, "residual_stride"_a, "tokens"_a, "top_k"_a, "width"_a, "dtype"_a, "stream"_a);
+}
+
+void bind_permute(py::module_& m) {
+    m.def(
+        "permute",
+        [](uintptr_t out, uintptr_t x, int64_t x_stride, uintptr_t weights, int weights_dtype, uintptr_t offsets,
+           uintptr_t positions, int64_t tokens, int top_k, int width, int num_experts, int dtype, uintptr_t stream) {
+            PermuteArguments a{};
+            a.out = pointer<void>(out);
+            a.x = pointer<const void>(x);
+            a.weights = pointer<const void>(weights);
+            a.offsets = pointer<const int>(offsets);
+            a.positions = pointer<const int>(positions);
+            a.x_stride = x_stride;
+            a.tokens = tokens;
+            a.top_k = top_k;
+            a.width = width;
+            a.num_experts = num_experts;
+            a.dtype = static_cast<DType>(dtype);
+            a.weights_dtype = static_cast<DType>(weights_dtype);
+            permute(a, stream_of(stream));
+        },
+        py::kw_only(), "out"_a, "x"_a, "x_stride"_a, "weights"_a, "weights_dtype"_a, "offsets"_a, "positions"_a,
+        "tokens"_a, "top_k"_a, "width"_a, "num_experts"_a, "dtype"_a, "stream"_a);
 }
 
 void bind_weights(py::module_& m) {
@@ -321,6 +346,7 @@ PYBIND11_MODULE(_C, m) {
     bind_routing_plan(m);
     bind_topk_route(m);
     bind_combine(m);
+    bind_permute(m);
     bind_weights(m);
     bind_decode_experts(m);
 #ifdef MOE_KERNELS_SM90

@@ -358,7 +358,7 @@ def op_arguments(op: str, p: Problem) -> tuple:
             indices = logits.argsort(-1)[:, : case.K].contiguous()
             return p.weights[:, : indices.shape[1]].contiguous(), logits, indices, "softmax", False, True, 0.0, 1.0
         case "permute":
-            return p.x, p.weights, offsets, slots, case.K
+            return p.x, p.weights, offsets, slots, positions
         case "unpermute":
             return p.y, positions, p.weights
         case "gate_up":

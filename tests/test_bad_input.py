@@ -26,7 +26,7 @@ ARGUMENTS = {
         "logits", "selection_bias", "top_k", "scoring", "score_after_topk", "renormalize", "epsilon", "scale",
         "num_groups", "top_groups",
     ),
-    "permute": ("x", "weights", "offsets", "slots", "top_k"),
+    "permute": ("x", "weights", "offsets", "slots", "positions"),
     "unpermute": ("y", "positions", "weights"),
     "gate_up": (
         "x", "w_gate_up", "bias_gate_up", "offsets", "slots", "tiles", "block_m", "top_k", "activation", "store_h",
@@ -124,8 +124,11 @@ BROKEN = [
     ("permute", "weights", longs, "float32"),
     ("permute", "offsets", first, "at least 2 elements"),
     ("permute", "offsets", longs, "int32"),
-    ("permute", "slots", one_more, r"R = T \* top_k"),
+    ("permute", "slots", one_more, r"R = T \* K of positions"),
     ("permute", "slots", meta, "on cpu"),
+    ("permute", "positions", longs, "int32"),
+    ("permute", "positions", flat, r"\[T, K\]"),
+    ("permute", "positions", fewer_rows, "T of x"),
     ("unpermute", "y", one_more, r"R = T \* K of positions"),
     ("unpermute", "positions", longs, "int32"),
     ("unpermute", "y", fewer_rows, r"R = T \* K of positions"),
@@ -473,9 +476,9 @@ def test_a_forced_backend_that_cannot_run_raises_with_the_reason(backend):
 
 
 def test_a_forced_backend_is_taken_only_for_the_ops_it_has(monkeypatch):
-    monkeypatch.setenv("MOE_KERNELS_BACKEND", "cuda")
-    assert "permute" not in backends.IMPLEMENTS["cuda"]
-    torch.ops.moe_kernels.permute(*op_arguments("permute", P))
+    monkeypatch.setenv("MOE_KERNELS_BACKEND", "triton")
+    assert "decode_experts" not in backends.IMPLEMENTS["triton"]
+    torch.ops.moe_kernels.decode_experts(*op_arguments("decode_experts", P))
 
 
 def test_a_width_no_kernel_takes():

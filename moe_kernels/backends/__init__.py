@@ -44,7 +44,7 @@ OPS = (
 
 #: Which backend has which op; the module is ``backends/<backend>/<op>.py`` (a ``_bwd`` lives beside its forward).
 IMPLEMENTS = {
-    "cuda": frozenset(OPS) - {"permute", "unpermute"},
+    "cuda": frozenset(OPS),
     "triton": frozenset(OPS) - {"decode_experts"},
     "reference": frozenset(OPS),
 }

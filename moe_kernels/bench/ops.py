@@ -97,7 +97,7 @@ def _combine(i: Inputs) -> Sequence[Tensor]:
 
 
 def _permute(i: Inputs) -> Sequence[Tensor]:
-    return (torch.ops.moe_kernels.permute(i.x, None, i.plan.offsets_E1, i.plan.slots_R, i.plan.top_k),)
+    return (torch.ops.moe_kernels.permute(i.x, None, i.plan.offsets_E1, i.plan.slots_R, i.plan.positions_TK),)
 
 
 def _unpermute(i: Inputs) -> Sequence[Tensor]:

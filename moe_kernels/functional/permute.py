@@ -10,7 +10,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, plan):
         ctx.plan = plan
-        return torch.ops.moe_kernels.permute(x_TD, None, plan.offsets_E1, plan.slots_R, plan.top_k)
+        return torch.ops.moe_kernels.permute(x_TD, None, plan.offsets_E1, plan.slots_R, plan.positions_TK)
 
     @staticmethod
     def backward(ctx, d_rows_RD):
@@ -31,7 +31,7 @@ class _Unpermute(torch.autograd.Function):
         y_RD, weights_TK = ctx.saved_tensors
         plan = ctx.plan
         d_out_TD = d_out_TD.contiguous()
-        arguments = plan.offsets_E1, plan.slots_R, plan.top_k
+        arguments = plan.offsets_E1, plan.slots_R, plan.positions_TK
         d_y_RD = d_weights_TK = None
         if ctx.needs_input_grad[0]:
             d_y_RD = torch.ops.moe_kernels.permute(d_out_TD, weights_TK, *arguments)

@@ -133,7 +133,7 @@ def arguments(op: str, variant: Variant) -> tuple:
         case "routing_plan":
             return torch.zeros((T, K), dtype=torch.int64), E, 64
         case "permute":
-            return floats(T, d), floats(T, K).float(), offsets, slots, K
+            return floats(T, d), floats(T, K).float(), offsets, slots, positions
         case "unpermute":
             return floats(R, d), positions, floats(T, K).float()
         case "combine":

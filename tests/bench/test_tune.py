@@ -237,7 +237,7 @@ def floats(*sizes): return torch.zeros(sizes, dtype=torch.bfloat16)
 
 def call():
     integers = torch.zeros(64, dtype=torch.int32)
-    permute.permute(floats(8, 64), None, integers[:9], integers, 8)
+    permute.permute(floats(8, 64), None, integers[:9], integers, integers.view(8, 8))
 
 if __name__ == "__main__":
     triton.runtime.driver.set_active(Here(90))

@@ -13,18 +13,19 @@ import copy
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_kernels import backends, use_backend
+from moe_kernels import use_backend
 from moe_kernels.functional import RoutingPlan
 from tests import helpers
 from tests.gpu import hopper, soak
 from tests.gpu.hopper import BF16, How
 from tests.helpers import LAYOUTS, Case, Problem, assert_close
-from tests.ops import test_combine, test_decode_experts
+from tests.ops import test_combine, test_decode_experts, test_permute
 from tests.ops.test_routing_plan import assert_same_plan
 
 ops = torch.ops.moe_kernels
@@ -95,20 +96,31 @@ PLANS = [
     Case(77, 6, 5, 0, 0, routing="duplicates", block_m=16),
     Case(33, 2, 4, 0, 0, routing="all_dropped", block_m=64),
     Case(300, 1, 513, 0, 0, routing="sentinels", block_m=128),
-    Case(2000, 8, 64, 0, 0, block_m=128),  # more slots than a chunk
+    Case(256, 8, 40, 0, 0, routing="sentinels", block_m=16),  # as many slots as one block sorts alone
+    Case(683, 3, 40, 0, 0, routing="zipf", block_m=16),  # one more
+    Case(2000, 8, 64, 0, 0, block_m=128),
+    Case(900, 4, 4096, 0, 0, routing="duplicates", block_m=16),  # all the shared memory that a block may have
 ]
+FEW_SMS = 2  # so that a block has several sub-chunks
 
 
 def run_routing_plan() -> Iterator[str]:
     for case in PLANS:
-        indices = helpers.make_indices(case, torch.Generator().manual_seed(case.T))
-        for ids in (torch.int32, torch.int64):
-            found = ops.routing_plan(indices.to(ids).cuda(), case.E, case.block_m)
-            assert_same_plan([back(each) for each in found], helpers.naive_plan(indices, case.E, case.block_m))
-            yield f"{case} {ids}"
+        yield from _plans(case)
+    with mock.patch("moe_kernels.backends.cuda.routing_plan.num_sms", lambda device: FEW_SMS):
+        for case in PLANS[-2:]:
+            yield from _plans(case)
 
 
-COMBINES = [
+def _plans(case: Case) -> Iterator[str]:
+    indices = helpers.make_indices(case, torch.Generator().manual_seed(case.T))
+    for ids in (torch.int32, torch.int64):
+        found = ops.routing_plan(indices.to(ids).cuda(), case.E, case.block_m)
+        assert_same_plan([back(each) for each in found], helpers.naive_plan(indices, case.E, case.block_m))
+        yield f"{case} {ids}"
+
+
+ROWS = [
     Case(1, 1, 1, 8, 8),
     Case(65, 3, 9, 200, 8, routing="sentinels"),
     Case(17, 2, 4, 40, 8, routing="all_dropped"),
@@ -117,18 +129,40 @@ COMBINES = [
 ]
 
 
-def run_combine() -> Iterator[str]:
-    for i, case in enumerate(COMBINES):
+def _rows() -> Iterator[tuple[int, Problem, Tensor | None]]:
+    """Row number, problem and weights, all on the host."""
+    for i, case in enumerate(ROWS):
         for j, dtype in enumerate((BF16, FP16, FP32)):
             p = Problem(case, dtype=dtype)
-            weights = (None, p.weights, p.weights.float())[(i + j) % 3]
-            residual = p.residual if i % 2 else None
-            moved, (w, r) = sent(p), map(sent, (weights, residual))
-            out = torch.full_like(p.x, torch.nan).cuda()
-            out = back(test_combine.run(moved, moved.y, w, r, out))
-            inputs = p.y, weights, residual
-            assert_close(out, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
-            yield f"{case} {dtype}"
+            yield i, p, (None, p.weights, p.weights.float())[(i + j) % 3]
+
+
+def run_permute() -> Iterator[str]:
+    for _, p, weights in _rows():
+        out = back(test_permute.run(sent(p), sent(p.x), sent(weights)))
+        kept, w = out[: p.kept], torch.ones_like(p.weights) if weights is None else weights
+        assert_close(kept, test_permute.scaled(p, p.x.double(), w.double()), test_permute.scaled(p, p.x, w))
+        assert (out[p.kept :] == 0).all()
+        yield f"{p.case} {p.x.dtype}"
+
+
+def run_unpermute() -> Iterator[str]:
+    for _, p, weights in _rows():
+        out = back(ops.unpermute(sent(p.y), sent(p.plan.positions_TK), sent(weights)))
+        inputs = p.y, weights, None
+        assert_close(out, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+        yield f"{p.case} {p.y.dtype}"
+
+
+def run_combine() -> Iterator[str]:
+    for i, p, weights in _rows():
+        residual = p.residual if i % 2 else None
+        moved, (w, r) = sent(p), map(sent, (weights, residual))
+        out = torch.full_like(p.x, torch.nan).cuda()
+        out = back(test_combine.run(moved, moved.y, w, r, out))
+        inputs = p.y, weights, residual
+        assert_close(out, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+        yield f"{p.case} {p.y.dtype}"
 
 
 DECODES = [
@@ -155,27 +189,35 @@ def run_decode_experts() -> Iterator[str]:
         yield f"{case} {p.x.dtype}"
 
 
-ROUTES = [(1, 8, 2, 1, 1), (65, 128, 8, 1, 1), (33, 256, 8, 8, 4), (130, 511, 22, 1, 1)]  # T, E, K, groups
+ROUTES = [  # T, E, K, groups, scoring, after the choice
+    (1, 8, 2, 1, 1, "softmax", False),
+    (65, 128, 8, 1, 1, "softmax", False),
+    (33, 256, 8, 8, 4, "sigmoid", False),
+    (130, 511, 22, 1, 1, "sigmoid", False),
+    (40, 96, 6, 1, 1, "sqrtsoftplus", False),
+    (17, 129, 4, 1, 1, "softmax", True),
+]
 
 
 def run_topk_route() -> Iterator[str]:
     """Logits that lie apart and are the same numbers in every dtype: no rounding decides."""
     generator = torch.Generator().manual_seed(0)
-    for i, (T, E, K, groups, kept) in enumerate(ROUTES):
+    for i, (T, E, K, groups, kept, scoring, after) in enumerate(ROUTES):
         logits = (torch.rand(T, E, generator=generator).argsort(-1) - E // 2) / 64
-        logits, scoring = logits.to((BF16, FP32)[i % 2]), ("softmax", "sigmoid")[i // 2 % 2]
-        rule = scoring, False, True, 1e-20, 1.0
+        logits = logits.to((BF16, FP32)[i % 2])
+        rule = scoring, after, True, 1e-20, 1.0
         forward = [logits, None, K, *rule, groups, kept]
         with use_backend("reference"):
             weights, indices = ops.topk_route(*forward)
-            d_logits = ops.topk_route_bwd(weights, logits, indices, *rule)
-            exact = ops.topk_route_bwd(weights, logits.double(), indices, *rule)
+            # Not the weights themselves: renormalised, nearly all of their gradient would cancel.
+            d_weights = torch.randn(T, K, generator=generator)
+            d_logits = ops.topk_route_bwd(d_weights, logits, indices, *rule)
+            exact = ops.topk_route_bwd(d_weights, logits.double(), indices, *rule)
         found = ops.topk_route(*map(sent, forward))
         assert torch.equal(back(found[1]), indices), "other experts"
         assert_close(back(found[0]), weights.double(), weights, "weights")
-        if "topk_route_bwd" in backends.IMPLEMENTS["cuda"]:
-            found = ops.topk_route_bwd(*map(sent, (weights, logits, indices)), *rule)
-            assert_close(back(found), exact, d_logits, "d_logits")
+        found = ops.topk_route_bwd(*map(sent, (d_weights, logits, indices)), *rule)
+        assert_close(back(found), exact, d_logits, "d_logits")
         yield f"T{T}-E{E}-K{K} {logits.dtype}"
 
 
@@ -193,6 +235,8 @@ class Calls(TorchDispatchMode):
 RUNS = {
     "hopper": run_hopper,
     "routing_plan": run_routing_plan,
+    "permute": run_permute,
+    "unpermute": run_unpermute,
     "combine": run_combine,
     "decode_experts": run_decode_experts,
     "topk_route": run_topk_route,

@@ -16,7 +16,7 @@ from tests import helpers
 from tests.gpu import hopper
 from tests.gpu.hopper import BF16, How
 from tests.helpers import SKEWED, Case, Problem, assert_close, bitwise_equal, make_indices
-from tests.ops import test_combine, test_decode_experts
+from tests.ops import test_combine, test_decode_experts, test_permute
 from tests.ops.test_routing_plan import assert_same_plan
 
 FP16, FP32 = torch.float16, torch.float32
@@ -56,6 +56,15 @@ class CombineCase(NamedTuple):
     weights: str  # "none", "same" or "float32"
     residual: str  # "none", "apart", or "over": the output's memory
     sliced: bool  # the output is a slice of columns
+
+
+class PermuteCase(NamedTuple):
+    """Of permute or unpermute."""
+
+    case: Case
+    dtype: torch.dtype
+    weights: str  # "none", "same" or "float32"
+    sliced: bool  # the rows that are read are a slice of columns
 
 
 class DecodeCase(NamedTuple):
@@ -101,7 +110,7 @@ def _draw_hopper(r: random.Random) -> HopperCase:
 
 
 def _draw_plan(r: random.Random) -> PlanCase:
-    T, K, E = _rows(r, 0, 600), r.randint(1, 8), r.randint(1, r.choice((16, 300, 1200)))
+    T, K, E = _rows(r, 0, r.choice((600, 600, 5000))), r.randint(1, 8), r.randint(1, r.choice((16, 300, 1200)))
     case = Case(T, K, E, 0, 0, routing=_routing(r), block_m=r.choice((16, 32, 64, 128)))
     return PlanCase(case, r.choice((torch.int32, torch.int64)))
 
@@ -112,6 +121,11 @@ def _draw_combine(r: random.Random) -> CombineCase:
     return CombineCase(
         case, dtype, r.choice(("none", "same", "float32")), r.choice(("none", "apart", "over")), _coin(r)
     )
+
+
+def _draw_permute(r: random.Random) -> PermuteCase:
+    case = Case(_rows(r, 0, 400), r.randint(1, 12), r.randint(1, 40), 8 * r.randint(1, 200), 8, routing=_routing(r))
+    return PermuteCase(case, r.choice((BF16, FP16, FP32)), r.choice(("none", "same", "float32")), _coin(r))
 
 
 def _draw_decode(r: random.Random) -> DecodeCase:
@@ -164,7 +178,7 @@ def _check_plan(drawn: PlanCase, number: int, device: str, backend: str) -> None
 
 def _check_combine(drawn: CombineCase, number: int, device: str, backend: str) -> None:
     p = _problem(drawn.case, number, device, drawn.dtype)
-    weights = {"none": None, "same": p.weights, "float32": p.weights.float()}[drawn.weights]
+    weights = _weights(p, drawn.weights)
     residual = None if drawn.residual == "none" else p.residual
     T, D = p.x.shape
     results = []
@@ -179,6 +193,43 @@ def _check_combine(drawn: CombineCase, number: int, device: str, backend: str) -
     _same_bits(results[:1], results[1:])
     inputs = p.y, weights, residual
     assert_close(mine, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+
+
+def _check_permute(drawn: PermuteCase, number: int, device: str, backend: str) -> None:
+    p, weights, x = _permute_inputs(drawn, number, device, "x")
+    first, second = (test_permute.run(p, x, weights) for _ in range(2))
+    _same_bits([first], [second])
+    assert (first[p.kept :] == 0).all(), "rows of dropped slots"
+    if weights is None:
+        assert torch.equal(first[: p.kept], p.x[p.token_r]), "a copy is exact"
+    else:
+        inputs = p.x, weights
+        assert_close(
+            first[: p.kept], test_permute.scaled(p, *helpers.doubled(*inputs)), test_permute.scaled(p, *inputs)
+        )
+
+
+def _check_unpermute(drawn: PermuteCase, number: int, device: str, backend: str) -> None:
+    p, weights, y = _permute_inputs(drawn, number, device, "y")
+    first, second = (torch.ops.moe_kernels.unpermute(y, p.plan.positions_TK, weights) for _ in range(2))
+    _same_bits([first], [second])
+    inputs = p.y, weights, None
+    assert_close(first, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+
+
+def _permute_inputs(drawn: PermuteCase, number: int, device: str, name: str) -> tuple[Problem, Tensor | None, Tensor]:
+    """The problem, its weights, and the rows with this name as they are given to the op."""
+    p = _problem(drawn.case, number, device, drawn.dtype)
+    rows = getattr(p, name)
+    if drawn.sliced:
+        wide = rows.new_full((rows.shape[0], rows.shape[1] + 16), torch.nan)
+        wide[:, 8:-8] = rows
+        rows = wide[:, 8:-8]
+    return p, _weights(p, drawn.weights), rows
+
+
+def _weights(p: Problem, which: str) -> Tensor | None:
+    return {"none": None, "same": p.weights, "float32": p.weights.float()}[which]
 
 
 def decoded(p: Problem, x, weights, w_gate_up, w_down, bias_gate_up, bias_down) -> Tensor:
@@ -223,6 +274,8 @@ class Kind(NamedTuple):
 KINDS = {
     "hopper": Kind(_draw_hopper, _check_hopper),
     "routing_plan": Kind(_draw_plan, _check_plan),
+    "permute": Kind(_draw_permute, _check_permute),
+    "unpermute": Kind(_draw_permute, _check_unpermute),
     "combine": Kind(_draw_combine, _check_combine),
     "decode_experts": Kind(_draw_decode, _check_decode),
     "topk_route": Kind(_draw_router, _check_router),

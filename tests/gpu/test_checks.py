@@ -43,6 +43,10 @@ def test_other_kinds_have_every_combination_of_their_switches(kind):
     match kind:
         case "routing_plan":
             assert len({(d.ids, d.case.block_m, d.case.routing) for d in drawn}) == 2 * 4 * len(helpers.SKEWED)
+            assert max(d.case.T * d.case.K for d in drawn) > 16 * 2048, "more blocks than a handful sort them"
+        case "permute" | "unpermute":
+            assert len({(d.dtype, d.weights, d.sliced) for d in drawn}) == 3 * 3 * 2
+            assert {d.case.routing for d in drawn} == set(helpers.SKEWED) and min(d.case.T for d in drawn) == 0
         case "combine":
             assert len({(d.dtype, d.weights, d.residual, d.sliced) for d in drawn}) == 3 * 3 * 3 * 2
         case "decode_experts":

@@ -125,7 +125,7 @@ def test_grouped_wgrad(routed):
 def test_permute(routed):
     indices, plan, rows = routed
     x = normal(T, WIDE)
-    out = torch.ops.moe_kernels.permute(x, None, plan.offsets_E1, plan.slots_R, K)
+    out = torch.ops.moe_kernels.permute(x, None, plan.offsets_E1, plan.slots_R, plan.positions_TK)
     assert torch.equal(out[rows], x[of_rows(indices, plan, rows)[1]])
 
 

@@ -14,12 +14,21 @@ CASES = [
     Case(40, 4, 12, 72, 8, routing="empty"),
     Case(17, 2, 4, 40, 8, routing="all_dropped"),
     Case(9, 5, 3, 1032, 8, routing="duplicates"),
+    Case(70, 1, 3, 16, 8, routing="sentinels"),
+    Case(5, 4, 6, 2880, 8),
+    Case(3, 8, 16, 7168, 8),
+    Case(21, 12, 16, 8, 8, routing="sentinels"),  # more rows per token than a power of two
 ]
 TABLE = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def run(p, x, weights):
-    return torch.ops.moe_kernels.permute(x, weights, p.plan.offsets_E1, p.plan.slots_R, p.case.K)
+    return torch.ops.moe_kernels.permute(x, weights, p.plan.offsets_E1, p.plan.slots_R, p.plan.positions_TK)
+
+
+def scaled(p, x, weights):
+    """The rows of the slots that are not dropped."""
+    return x[p.token_r] * weights.flatten()[p.slot_r, None].to(x.dtype)
 
 
 @TABLE
@@ -36,11 +45,7 @@ def test_weighted(target, case, weights):
     p = Problem(case, target.device, target.dtype)
     w = p.weights if weights == "same" else p.weights.float() * 1.01
     out = run(p, p.x, w)
-
-    def formula(x, w):
-        return x[p.token_r] * w.flatten()[p.slot_r, None].to(x.dtype)
-
-    assert_close(out[: p.kept], formula(p.x.double(), w.double()), formula(p.x, w))
+    assert_close(out[: p.kept], scaled(p, p.x.double(), w.double()), scaled(p, p.x, w))
     assert (out[p.kept :] == 0).all()
 
 
@@ -49,12 +54,19 @@ def test_strided_input(target, weighted):
     p = Problem(Case(37, 2, 4, 72, 8), target.device, target.dtype)
     weights = p.weights if weighted else None
     expected = run(p, p.x, weights)
-    wide = torch.full((37, 200), torch.nan, device=target.device, dtype=target.dtype)
-    wide[:, 64:136] = p.x
-    assert bitwise_equal(run(p, wide[:, 64:136], weights), expected)
+    for start in (64, 3):  # rows that start at multiples of 16 bytes, and others
+        wide = torch.full((37, 200), torch.nan, device=target.device, dtype=target.dtype)
+        wide[:, start : start + 72] = p.x
+        assert bitwise_equal(run(p, wide[:, start : start + 72], weights), expected)
     assert bitwise_equal(run(p, p.x.T.contiguous().T, weights), expected)
     if weighted:
         assert bitwise_equal(run(p, p.x, weights.T.contiguous().T), expected)
+
+
+def test_a_dropped_slots_weight_does_not_matter(target):
+    p = Problem(CASES[3], target.device, target.dtype)
+    weights = torch.where(p.plan.positions_TK < 0, torch.nan, p.weights)
+    assert bitwise_equal(run(p, p.x, weights), run(p, p.x, p.weights))
 
 
 def test_rerun_is_bitwise_equal(target):

@@ -20,6 +20,8 @@ CASES = [
     Case(33, 2, 4, 0, 0, routing="all_dropped", block_m=64),
     Case(300, 1, 513, 0, 0, routing="uniform", block_m=128),  # more experts than rows, and not a power of two
     Case(64, 2, 2, 0, 0, routing="uniform", block_m=64),  # experts that fill their tiles exactly
+    Case(256, 8, 40, 0, 0, routing="sentinels", block_m=16),  # as many slots as a block in CUDA C++ sorts alone
+    Case(683, 3, 40, 0, 0, routing="duplicates", block_m=64),  # one more
 ]
 NAMES = ("offsets", "slots", "positions", "tiles")
 
@@ -81,16 +83,34 @@ def test_many_small_blocks(target, routing, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("sms", [1, 2, 5, 31])
+@pytest.mark.parametrize("E", [5, 128, 2000, 4096])
+def test_few_multiprocessors(sms, E, monkeypatch):
+    """Long chunks in CUDA C++, which are ranked twice: as few blocks as so small a GPU would have."""
+    from moe_kernels import backends, use_backend
+
+    reason = backends.why_not("cuda", OP, backends.Problem(torch.device("cuda"), None, ()))
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.setattr("moe_kernels.backends.cuda.routing_plan.num_sms", lambda device: sms)
+    indices = torch.randint(-1, E + 1, (13_001, 7), device="cuda")
+    with use_backend("cuda"):
+        actual = torch.ops.moe_kernels.routing_plan(indices, E, 16)
+    assert_same_plan([each.cpu() for each in actual], naive_plan(indices.cpu(), E, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("T", [2**18, 2**21], ids=["2**21", "2**24"])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_many_slots(backend):
-    """More slots than any single block sorts: 2**21 of them, against torch's stable sort."""
+def test_many_slots(backend, T):
+    """More slots than any single block sorts, the larger with more in a block than 16 bits count."""
     from moe_kernels import backends, use_backend
 
     reason = backends.why_not(backend, OP, backends.Problem(torch.device("cuda"), None, ()))
     if reason is not None:
         pytest.skip(reason)
     E = 128
-    indices = torch.randint(0, E, (2**18, 8), device="cuda", dtype=torch.int32)
+    indices = torch.randint(0, E, (T, 8), device="cuda", dtype=torch.int32)
     with use_backend(backend):
         offsets, slots, positions, _ = torch.ops.moe_kernels.routing_plan(indices, E, 128)
     order = indices.flatten().argsort(stable=True)

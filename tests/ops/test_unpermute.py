@@ -14,6 +14,10 @@ CASES = [
     Case(64, 2, 4, 24, 8, routing="all_to_one"),
     Case(17, 2, 4, 40, 8, routing="all_dropped"),
     Case(33, 8, 16, 1032, 8, routing="duplicates"),
+    Case(70, 1, 3, 16, 8, routing="sentinels"),
+    Case(5, 4, 6, 2880, 8),
+    Case(3, 8, 16, 7168, 8),
+    Case(21, 12, 16, 8, 8, routing="sentinels"),  # more rows per token than a power of two
 ]
 
 
@@ -30,9 +34,10 @@ def test_values(target, case, weights):
 def test_strided_input(target):
     p = Problem(CASES[3], target.device, target.dtype)
     expected = torch.ops.moe_kernels.unpermute(p.y, p.plan.positions_TK, p.weights)
-    wide = torch.full((p.y.shape[0], 264), torch.nan, device=target.device, dtype=target.dtype)
-    wide[:, 64:] = p.y
-    assert bitwise_equal(torch.ops.moe_kernels.unpermute(wide[:, 64:], p.plan.positions_TK, p.weights), expected)
+    for start in (64, 3):  # rows that start at multiples of 16 bytes, and others
+        wide = torch.full((p.y.shape[0], 264), torch.nan, device=target.device, dtype=target.dtype)
+        rows = wide[:, start : start + 200].copy_(p.y)
+        assert bitwise_equal(torch.ops.moe_kernels.unpermute(rows, p.plan.positions_TK, p.weights), expected)
     columns = p.y.T.contiguous().T
     assert bitwise_equal(torch.ops.moe_kernels.unpermute(columns, p.plan.positions_TK, p.weights), expected)
 

@@ -1,8 +1,8 @@
 """CUDA C++ kernels of the extension module ``moe_kernels._C``.
 
-``routing_plan``, ``topk_route`` and ``combine`` run on every architecture, in float32, bfloat16 and float16,
-``decode_experts`` in the two 16-bit types; the products over an expert's rows on Hopper, in bfloat16, for what most
-models ask of them (``_hopper``). Triton does the rest.
+``routing_plan``, ``topk_route``, ``permute``, ``unpermute`` and ``combine`` run on every architecture, in float32,
+bfloat16 and float16, ``decode_experts`` in the two 16-bit types; the products over an expert's rows on Hopper, in
+bfloat16, for what most models ask of them (``_hopper``). Triton does the rest.
 
 The extension is optional: built without nvcc, or on a machine whose driver or GPU it can't serve, the package works
 and ``supports`` says why this backend does not.

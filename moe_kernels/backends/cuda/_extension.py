@@ -106,8 +106,8 @@ def route_rule(scoring, after, renormalize, epsilon, scale, min_sum, soft_cap, s
     )
 
 
-def routing_plan_workspace(num_slots: int, num_experts: int) -> int:
-    return _load().routing_plan_workspace(num_slots=num_slots, num_experts=num_experts)
+def routing_plan_workspace(num_slots: int, num_experts: int, num_sms: int) -> int:
+    return _load().routing_plan_workspace(num_slots=num_slots, num_experts=num_experts, num_sms=num_sms)
 
 
 def row_sums_workspace(num_rows: int, num_experts: int, width: int) -> int:

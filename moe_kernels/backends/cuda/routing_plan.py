@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.backends.cuda._extension import address, launch, routing_plan_workspace
+from moe_kernels.backends.cuda._extension import address, launch, num_sms, routing_plan_workspace
 
 
 def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
@@ -14,7 +14,8 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
 
     offsets_E1, slots_R, tiles_2M = empty(num_experts + 1), empty(slots), empty(2, num_tiles)
     positions_TK = empty(*indices_TK.shape)
-    workspace = empty(routing_plan_workspace(slots, num_experts))
+    sms = num_sms(indices_TK.device)
+    workspace = empty(routing_plan_workspace(slots, num_experts, sms))
     launch(
         "routing_plan",
         indices_TK.device,
@@ -24,6 +25,7 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
         num_experts=num_experts,
         block_m=block_m,
         num_tiles=num_tiles,
+        num_sms=sms,
         workspace=address(workspace),
         offsets=address(offsets_E1),
         slots=address(slots_R),

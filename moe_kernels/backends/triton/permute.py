@@ -42,7 +42,9 @@ def permute_kernel(
     tl.store(p_out, row.to(out_ptr.dtype.element_ty), mask=(o_r < R)[:, None] & m_d)
 
 
-def permute(x_TD: Tensor, weights_TK: Tensor | None, offsets_E1: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
+def permute(
+    x_TD: Tensor, weights_TK: Tensor | None, offsets_E1: Tensor, slots_R: Tensor, positions_TK: Tensor
+) -> Tensor:
     rows, width = slots_R.shape[0], x_TD.shape[1]
     out_RD = x_TD.new_empty(rows, width)
     if rows == 0 or width == 0:
@@ -67,7 +69,7 @@ def permute(x_TD: Tensor, weights_TK: Tensor | None, offsets_E1: Tensor, slots_R
                 "stride_x": x_TD.stride(0),
             },
             {
-                "TOP_K": top_k,
+                "TOP_K": positions_TK.shape[1],
                 "HAS_WEIGHTS": weights_TK is not None,
                 "BLOCK_R": block_r,
                 "BLOCK_D": block_d,

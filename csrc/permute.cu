@@ -1,0 +1,123 @@
+// permute: every token's row to its K places in expert order, scaled by the routing weights where there are any.
+//
+//     out[positions[t, k], :] = weights[t, k] * x[t, :]        x [T, D], out [R, D], R = T * K
+//     out[r, :] = 0                                            r >= offsets[E], the rows of dropped slots
+//
+// Memory-bound: T rows are read once and R rows written. The tokens are what is shared out, not the rows of the result:
+// in expert order the copies of a token lie far apart, and each of them would read x from memory again once x no longer
+// fits in L2. A thread owns 16 bytes of one token's row, reads them once and writes them K times; a block is 256
+// threads over as many tokens as it takes.
+//
+// Positions reach every row below offsets[E] once. The rows past it belong to no slot in particular, so token t also
+// has rows t * K to t * K + K - 1 to clear, as far as they are among them. No two threads share an output.
+
+#include "common.cuh"
+#include "permute.h"
+#include "routing_weight.cuh"
+
+namespace moe_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kGroup = 8;  // rows in flight where K is not one of the compiled values
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel
+
+// kTopK 0 takes any K, kGroup rows at a time.
+template <typename T, int kTopK>
+__global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArguments a) {
+    constexpr int kWidth = Vector<T>::kWidth;
+    constexpr int kRows = kTopK > 0 ? kTopK : kGroup;
+    const int top_k = kTopK > 0 ? kTopK : a.top_k;
+
+    const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    const int64_t column = static_cast<int64_t>(blockIdx.y * blockDim.x + threadIdx.x) * kWidth;
+    if (t >= a.tokens || column >= a.width) return;
+
+    const T* x = static_cast<const T*>(a.x) + t * a.x_stride + column;
+    T* out = static_cast<T*>(a.out) + column;
+    const uint4 bits = __ldg(reinterpret_cast<const uint4*>(x));
+    const int64_t kept = a.offsets[a.num_experts];
+    for (int k = 0; k < top_k; k += kRows) {
+        int position[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            position[i] = kTopK > 0 || k + i < top_k ? a.positions[t * top_k + k + i] : -1;
+        }
+
+        float weight[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            weight[i] = position[i] >= 0 ? load_weight(a.weights, a.weights_dtype, t * top_k + k + i) : 0.0f;
+        }
+
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+            if (position[i] < 0) continue;
+            uint4 scaled = bits;
+            if (a.weights != nullptr) {
+                float value[kWidth];
+                unpack(bits, value, x);
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) value[j] *= weight[i];
+                scaled = pack(value, x);
+            }
+            *reinterpret_cast<uint4*>(out + static_cast<int64_t>(position[i]) * a.width) = scaled;
+        }
+    }
+
+    for (int64_t row = max(t * top_k, kept); row < (t + 1) * top_k; ++row) {
+        *reinterpret_cast<uint4*>(out + row * a.width) = make_uint4(0, 0, 0, 0);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launchers
+
+template <typename T, int kTopK>
+void launch(const PermuteArguments& a, cudaStream_t stream) {
+    const int64_t vectors = ceil_div(a.width, Vector<T>::kWidth);
+    int across = kWarpSize;
+    while (across < kThreads && across < vectors) across *= 2;
+    const dim3 block(across, kThreads / across);
+    const dim3 grid(static_cast<unsigned>(ceil_div(a.tokens, block.y)),
+                    static_cast<unsigned>(ceil_div(vectors, across)));
+    permute_kernel<T, kTopK><<<grid, block, 0, stream>>>(a);
+    check_launch("permute_kernel");
+}
+
+template <typename T>
+void launch_top_k(const PermuteArguments& a, cudaStream_t stream) {
+    switch (a.top_k) {
+        case 1: return launch<T, 1>(a, stream);
+        case 2: return launch<T, 2>(a, stream);
+        case 4: return launch<T, 4>(a, stream);
+        case 6: return launch<T, 6>(a, stream);
+        case 8: return launch<T, 8>(a, stream);
+        default: return launch<T, 0>(a, stream);
+    }
+}
+
+}  // namespace
+
+void permute(const PermuteArguments& a, cudaStream_t stream) {
+    if (a.tokens == 0 || a.width == 0 || a.top_k == 0) return;
+    const Needs needs{"permute"};
+    const int element_bytes = a.dtype == DType::kFloat32 ? 4 : 2;
+    needs.multiple("width", a.width, 8);
+    require(a.top_k > 0, "permute: top_k must not be negative, got ", a.top_k);
+    require(a.num_experts > 0, "permute: num_experts must be positive, got ", a.num_experts);
+    needs.aligned("out", a.out);
+    needs.rows("x", a.x, a.x_stride, a.tokens, element_bytes);
+    needs.present("offsets", a.offsets);
+    needs.present("positions", a.positions);
+    switch (a.dtype) {
+        case DType::kFloat32: return launch_top_k<float>(a, stream);
+        case DType::kBFloat16: return launch_top_k<__nv_bfloat16>(a, stream);
+        case DType::kFloat16: return launch_top_k<__half>(a, stream);
+        default: require(false, "permute: dtype must be float32, bfloat16 or float16");
+    }
+}
+
+}  // namespace moe_kernels
