@@ -1,4 +1,4 @@
-"""The block under autocast, in a CUDA graph and compiled: extra.json."""
+"""The block under autocast, in a CUDA graph, compiled and on the host: extra.json."""
 
 import pytest
 
@@ -21,3 +21,8 @@ def test_graph(session, timed):
 
 def test_compile(session, timed):
     timed(*extra.run_compile(session, SHAPE))
+
+
+@pytest.mark.parametrize("implementation", extra.ON_THE_HOST)
+def test_host(session, timed, implementation):
+    timed(*extra.run_host(session, SHAPE, implementation))

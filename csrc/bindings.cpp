@@ -178,7 +178,7 @@ void bind_weights(py::module_& m) {
         .def(py::init([](uintptr_t data, int64_t rows, int64_t columns, int64_t row_stride, int64_t expert_stride) {
                  return Weights{pointer<const void>(data), rows, columns, row_stride, expert_stride};
              }),
-             py::kw_only(), "data"_a, "rows"_a, "columns"_a, "row_stride"_a, "expert_stride"_a);
+             "data"_a, "rows"_a, "columns"_a, "row_stride"_a, "expert_stride"_a);
 }
 
 void bind_decode_experts(py::module_& m) {
@@ -247,7 +247,7 @@ Plan plan_of(uintptr_t offsets, uintptr_t slots, uintptr_t tiles, int num_tiles,
 
 #ifdef MOE_KERNELS_SM90
 void bind_sm90(py::module_& m) {
-    py::class_<Plan>(m, "Plan").def(py::init(&plan_of), py::kw_only(), "offsets"_a, "slots"_a, "tiles"_a, "num_tiles"_a,
+    py::class_<Plan>(m, "Plan").def(py::init(&plan_of), "offsets"_a, "slots"_a, "tiles"_a, "num_tiles"_a,
                                     "num_experts"_a, "num_rows"_a, "top_k"_a);
     m.def(
         "grouped_gemm",

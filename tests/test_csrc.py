@@ -6,8 +6,8 @@ And the door to the extension, on any machine: what it says where it can't be us
 import ctypes
 import re
 import weakref
+from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +130,8 @@ def extension(monkeypatch):
         driver_version = staticmethod(lambda: 13000)
         sm90 = True
         TILE_N = 256
-        Plan = Weights = SimpleNamespace
+        Plan = namedtuple("Plan", "offsets slots tiles num_tiles num_experts num_rows top_k")
+        Weights = namedtuple("Weights", "data rows columns row_stride expert_stride")
 
     Extension.ACTIVATIONS = {"swiglu": (0, True)}
 

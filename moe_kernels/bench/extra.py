@@ -1,4 +1,4 @@
-"""The rows of extra.json: the block under autocast with fp32 parameters, in a CUDA graph, and compiled.
+"""The rows of extra.json: the block under autocast with fp32 parameters, in a CUDA graph, compiled, and on the host.
 
 What is compared with the eager step is timed in turn with it. One loop after the other would compare clocks too: under
 load the products of two equal steps differ by 4 %, where those bound by memory do not.
@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 import torch
 
-from moe_kernels.bench.layer import SANE, STOCK, Inaccurate, forward_block, gradients
-from moe_kernels.bench.measure import capture, measure, medians_in_turn_ms, waiting
+from moe_kernels.bench.layer import FUSED_ROUTER, SANE, STOCK, Inaccurate, forward_block, gradients
+from moe_kernels.bench.measure import capture, host_us, measure, medians_in_turn_ms, waiting
 from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import Shape
 
 FILE = "extra.json"
 OURS = "moe_kernels"
+#: Whose host's time is taken; stock's eager loop waits for the GPU.
+ON_THE_HOST = ("grouped_mm", OURS, FUSED_ROUTER)
 
 
 def run_autocast(session: Session, shape: Shape, implementation: str) -> tuple[Callable[[], None], dict]:
@@ -80,3 +82,15 @@ def run_compile(session: Session, shape: Shape) -> tuple[Callable[[], None], dic
     peak_mib = measure(eager, layer.d_out).peak_mib
     row |= {"over_eager": times["compiled"] / times["eager"], "peak_over_eager": row["peak_mib"] / peak_mib}
     return waiting(lambda: forward().backward(layer.d_out)), session.record(FILE, name, row)
+
+
+def run_host(session: Session, shape: Shape, implementation: str) -> tuple[Callable[[], None], dict]:
+    """What a block costs the host, whatever the GPU does: Python, dispatch, launches, and autograd for the step."""
+    layer = session.layer(shape)
+    layer.errors("block", "uniform", implementation)
+    forward, leaves = layer.forward("block", "uniform", implementation), layer.leaves("block", "uniform")
+    step = functools.partial(gradients, forward, leaves, layer.d_out)
+    with torch.no_grad():
+        no_grad_us = host_us(forward)
+    row = {"forward_no_grad_us": no_grad_us, "forward_us": host_us(forward), "step_us": host_us(step)}
+    return waiting(step), session.record(FILE, f"host/{shape.name}/{implementation}", row)

@@ -157,6 +157,11 @@ def measure(forward: Callable[[], Tensor], d_out: Tensor) -> Measured:
     return Measured(*fresh, added[2], held, peak, host_ms)
 
 
+def host_us(run: Callable[[], object]) -> float:
+    """Median time in which the host enqueues ``run``, in µs. Each finds an idle GPU, so none waits for a full queue."""
+    return statistics.median([_host_ms(run) for _ in range(WARM_UPS + REPEATS)][WARM_UPS:]) * 1e3
+
+
 def _host_ms(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()

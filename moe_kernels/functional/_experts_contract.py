@@ -56,10 +56,8 @@ def check(x_TD, weights_TK, w_gate_up, w_down, bias_gate_up, bias_down, routing,
             fail(op, name, bias, f"of shape {list(weight.shape[:2])}")
         if bias is not None and bias.dtype != weight.dtype:
             raise TypeError(f"{op}: {name} must be {weight.dtype} like its weight, got {describe(bias)}")
-    if under_autocast(x_TD.device.type):
-        return
     for name, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
-        if tensor.dtype != x_TD.dtype:
+        if tensor.dtype != x_TD.dtype and not under_autocast(x_TD.device.type):
             raise TypeError(f"{op}: {name} must be {x_TD.dtype} like x (or run under autocast), got {describe(tensor)}")
 
 

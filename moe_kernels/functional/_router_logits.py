@@ -15,15 +15,14 @@ from moe_kernels.functional.routing_plan import refuse_double_backward
 
 def router_logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """[T, E] fp32, whatever autocast says: rounded logits choose other experts. Differentiable in both."""
-    return _RouterLogits.apply(x_TD, weight_ED)
+    return _RouterLogits.apply(x_TD, weight_ED) if torch.is_grad_enabled() else _logits(x_TD, weight_ED)
 
 
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, weight_ED):
         ctx.save_for_backward(x_TD, weight_ED)
-        with without_autocast(x_TD.device.type):
-            return _product(x_TD, weight_ED.T)
+        return _logits(x_TD, weight_ED)
 
     @staticmethod
     def backward(ctx, d_TE):
@@ -45,6 +44,11 @@ class _RouterLogits(torch.autograd.Function):
             if needs_weight:
                 dw_ED = _product(parts_T2E.T, x_TD).view(2, *weight_ED.shape).sum(0).to(weight_ED.dtype)
         return dx_TD, dw_ED
+
+
+def _logits(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    with without_autocast(x_TD.device.type):
+        return _product(x_TD, weight_ED.T)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -22,13 +22,12 @@ def activation_width(n: int, activation: str) -> int:
 
 def traits(w, *, bias: bool = False, activation: str = "swiglu", interleaved: bool = False) -> tuple[str, ...]:
     """What is asked for beyond the plainest product with ``w``; see :class:`Problem`."""
-    asked = {
-        "bias": bias,
-        f"activation {activation}": activation != "swiglu",
-        "interleaved gate_up": interleaved,
-        "transposed weights": w.stride(2) != 1,
-    }
-    return tuple(name for name, is_asked in asked.items() if is_asked)
+    asked = () if activation == "swiglu" else (f"activation {activation}",)
+    if bias:
+        asked = ("bias", *asked)
+    if interleaved:
+        asked += ("interleaved gate_up",)
+    return asked if w.stride(2) == 1 else (*asked, "transposed weights")
 
 
 def check_plan(op, data, offsets_E1, tiles_2M, block_m, num_experts, rows):

@@ -137,7 +137,7 @@ def rows_that_benchmarks_make() -> set[tuple[str, str]]:
     made |= {
         (decode.FILE, f"decode/{main}/T{tokens}/{name}") for tokens in decode.TOKENS for name in decode.IMPLEMENTATIONS
     }
-    made |= {(extra.FILE, f"{what}/{main}/{extra.OURS}") for what in ("autocast", "graph", "compile")}
+    made |= {(extra.FILE, f"{what}/{main}/{extra.OURS}") for what in ("autocast", "graph", "compile", "host")}
     made |= {
         (model.FILE, f"model/{sizes}/{row}")
         for sizes in model.SIZES

@@ -116,6 +116,11 @@ def test_the_host_is_in_no_time_of_the_gpu(queue, host_ms, gpu_ms):
         assert queue.slept <= 3 * measure._MARGIN * 3 * host_ms, "at the start of each loop only: no gaps between steps"
 
 
+def test_the_hosts_time_is_without_the_gpus(queue):
+    assert measure.host_us(lambda: queue.enqueue(0.2, 5.0)) == pytest.approx(200)
+    assert queue.slept == 0
+
+
 def test_a_delay_is_in_no_time_even_of_a_step_that_waits(queue):
     x = torch.ones(3, requires_grad=True)
     found = measure.measure(lambda: Launches.apply(x, queue, 0.1, 0.1, True), torch.ones(3))

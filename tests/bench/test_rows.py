@@ -228,6 +228,30 @@ def test_graph_rows(session, monkeypatch, factor):
             extra.run_graph(session, TINY)
 
 
+@pytest.mark.parametrize("implementation", extra.ON_THE_HOST)
+def test_host_rows(session, monkeypatch, implementation):
+    graphs = []
+    times = iter([100.0, 200.0, 700.0])
+    monkeypatch.setattr(extra, "host_us", lambda run: graphs.append(run()) or next(times))
+    step, row = extra.run_host(session, TINY, implementation)
+    step()
+    assert row == {"forward_no_grad_us": 100, "forward_us": 200, "step_us": 700}
+    no_grad, forward, gradients = graphs
+    assert forward.requires_grad and not no_grad.requires_grad and len(gradients) == len(layer.NAMES["block"])
+    assert set(session.rows["extra.json"]) == {f"host/tiny/{implementation}"}
+
+
+def test_a_wrong_block_has_no_time_of_the_host(session, monkeypatch):
+    def refuse(*_):
+        raise Inaccurate("wrong")
+
+    monkeypatch.setattr(layer.Layer, "errors", refuse)
+    monkeypatch.setattr(extra, "host_us", lambda run: pytest.fail("it was timed"))
+    with pytest.raises(Inaccurate, match="wrong"):
+        extra.run_host(session, TINY, "moe_kernels")
+    assert session.rows == {}
+
+
 def test_compile_rows(session, monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, fullgraph: compile_(module, fullgraph=True, backend="eager"))

@@ -151,31 +151,27 @@ def launch_sm90(name: str, device: torch.device, **arguments) -> None:
 
 def plan_of(offsets_E1, slots_R, tiles_2M, rows: int, top_k: int):
     """The routing plan as ``_C`` takes it; slots or tiles may be None where a kernel has no use for them."""
-    return _load().Plan(
-        offsets=address(offsets_E1),
-        slots=address(slots_R),
-        tiles=address(tiles_2M),
-        num_tiles=0 if tiles_2M is None else tiles_2M.shape[1],
-        num_experts=offsets_E1.shape[0] - 1,
-        num_rows=rows,
-        top_k=top_k,
-    )
+    num_tiles, num_experts = 0 if tiles_2M is None else tiles_2M.shape[1], offsets_E1.shape[0] - 1
+    addresses = address(offsets_E1), address(slots_R), address(tiles_2M)
+    return _load().Plan(*addresses, num_tiles, num_experts, rows, top_k)
 
 
 def weights_of(w: torch.Tensor):
     """Weights [E, rows, columns] as ``_C`` takes them."""
-    return _load().Weights(
-        data=address(w), rows=w.shape[1], columns=w.shape[2], row_stride=w.stride(1), expert_stride=w.stride(0)
-    )
+    (_, rows, columns), (expert_stride, row_stride, _) = w.shape, w.stride()
+    return _load().Weights(address(w), rows, columns, row_stride, expert_stride)
 
 
 def aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its rows can be read 16 bytes at a time, as every slice of ours can; else a copy."""
-    ok = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
-    # The stride of a single row says nothing, and torch leaves it as it happens to be.
-    strides = zip(tensor.stride()[:-1], tensor.shape[:-1], strict=True)
-    if ok and all(stride * tensor.element_size() % 16 == 0 or size <= 1 for stride, size in strides):
-        return tensor
+    if tensor.data_ptr() % 16 == 0:
+        unit = 16 // tensor.element_size()
+        if tensor.is_contiguous() and tensor.shape[-1] % unit == 0:
+            return tensor  # as most are: no look at each stride
+        *strides, inner = tensor.stride()
+        # The stride of a single row says nothing, and torch leaves it as it happens to be.
+        if inner == 1 and all(stride % unit == 0 or size <= 1 for stride, size in zip(strides, tensor.shape)):
+            return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from moe_kernels import backends
 from moe_kernels.functional import RoutingPlan, moe_experts
-from moe_kernels.functional._autocast import products_dtype
+from moe_kernels.functional._autocast import cast, products_dtype
 from moe_kernels.integrations.transformers.fingerprint import fingerprint
 from moe_kernels.ops._contract import FLOATS
 
@@ -145,19 +145,23 @@ def moe_kernels_experts_forward(
     if getattr(self, "is_transposed", False):
         up, down = up.mT, down.mT
     joins = residual_TD is not None and residual_TD.dtype == products_dtype(x, x.device.type)
+    name, alpha, limit, interleaved = activation
     out = moe_experts(
         x,
         top_k_weights,
         _plan_of(top_k_index, up.shape[0]),
         up,
         down,
-        **dict(zip(Activation._fields, activation)),
+        activation=name,
+        alpha=alpha,
+        limit=limit,
+        interleaved=interleaved,
         bias_gate_up_E2I=bias_up,
         bias_down_ED=bias_down,
         residual_TD=residual_TD if joins else None,
-        recompute=getattr(self, RECOMPUTE_ATTRIBUTE, recompute),
+        recompute=_attribute(self, RECOMPUTE_ATTRIBUTE, recompute),
     )
-    out = out.to(hidden_states.dtype)
+    out = cast(out, hidden_states.dtype)
     return out if joins or residual_TD is None else out + residual_TD
 
 
@@ -191,10 +195,10 @@ def facts(module, up: Tensor, down: Tensor) -> tuple:
         own_gate,
         numbers,
         type(act_fn) if isinstance(act_fn, nn.Module) else act_fn,
-        getattr(act_fn, "approximate", None),
+        act_fn.approximate if isinstance(act_fn, nn.GELU) else None,
         getattr(module, "is_transposed", False),
         getattr(module, "is_concatenated", True),
-        getattr(module, "has_post_expert_norm", False),
+        _attribute(module, "has_post_expert_norm", False),
         type(up),
         tuple(up.shape),
         up.dtype,
@@ -202,6 +206,11 @@ def facts(module, up: Tensor, down: Tensor) -> tuple:
         tuple(down.shape),
         down.dtype,
     )
+
+
+def _attribute(module, name: str, default):
+    """``getattr`` for what most modules lack and is no tensor or module: by nn.Module a miss costs an exception."""
+    return module.__dict__.get(name, getattr(type(module), name, default))
 
 
 @torch.compiler.assume_constant_result
@@ -286,6 +295,14 @@ def choose_backend(seen: tuple, device: torch.device, dtype: torch.dtype) -> tup
     The reference backend is as fast as stock on a CPU and far slower anywhere else, so elsewhere it runs only when
     the user forces it.
     """
+    choice = backends.resolve("gate_up", _problem(seen, device, dtype))
+    if choice.backend != "reference" or device.type == "cpu" or backends.forced_backend() == "reference":
+        return choice.backend, None
+    return choice.backend, "; ".join(f"{backend}: {why}" for backend, why in choice.passed_over)
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem(seen: tuple, device: torch.device, dtype: torch.dtype) -> backends.Problem:
     f = Facts(*seen)
     _, (_, hidden, intermediate) = _untransposed(f)
     activation, _ = judge(seen)
@@ -295,10 +312,7 @@ def choose_backend(seen: tuple, device: torch.device, dtype: torch.dtype) -> tup
         "transposed weights": f.is_transposed,
     }
     traits = tuple(name for name, is_asked in asked.items() if is_asked)
-    choice = backends.resolve("gate_up", backends.Problem(device, dtype, (hidden, intermediate), traits=traits))
-    if choice.backend != "reference" or device.type == "cpu" or backends.forced_backend() == "reference":
-        return choice.backend, None
-    return choice.backend, "; ".join(f"{backend}: {why}" for backend, why in choice.passed_over)
+    return backends.Problem(device, dtype, (hidden, intermediate), traits=traits)
 
 
 @torch.compiler.assume_constant_result  # torch.compile asks once per graph instead of tracing the search
