@@ -3,7 +3,7 @@
     pytest benchmarks                            everything, one GPU
     pytest benchmarks --no-peers                 without third-party kernels, which take minutes to tune themselves
     pytest benchmarks/test_ops.py --shape NAME   other shapes; may be given more than once
-    pytest benchmarks --all-shapes               ours on every shape: experts and row products
+    pytest benchmarks --all-shapes               every shape: experts beside stock, and our row products
     pytest benchmarks/test_peers.py --peer-minutes 2   what a peer may take to tune itself, for each shape
 
 Rows go to ``benchmarks/results/<gpu>/``; a run of some tests replaces their rows and leaves the others.
@@ -23,12 +23,14 @@ from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, OTHERS, SHAPES, Shape
 
 LAYERS = SHAPES | OTHERS
+#: Steps above this many ms are timed once on the host, others five times: it is a cross-check.
+_LONG_MS = 25
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("moe_kernels")
     group.addoption("--shape", action="append", choices=LAYERS, help="layer shape; may be given more than once")
-    group.addoption("--all-shapes", action="store_true", help="experts and row products on every shape, ours alone")
+    group.addoption("--all-shapes", action="store_true", help="every shape: experts beside stock, our row products")
     group.addoption("--no-peers", action="store_true", help="leave third-party kernels out")
     group.addoption(
         "--peer-minutes",
@@ -79,6 +81,6 @@ def timed(benchmark):
 
     def show(run, row: dict) -> None:
         benchmark.extra_info.update(row)
-        benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(run, rounds=1 if row.get("step_ms", 0) > _LONG_MS else 5, warmup_rounds=1)
 
     return show

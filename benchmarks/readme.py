@@ -1,4 +1,4 @@
-"""Write the README's figures and draw its chart from the committed results.
+"""Write the README's figures and draw its charts from the committed results.
 
     python -m benchmarks.readme
 
@@ -8,26 +8,22 @@ The results are those of one GPU, ``benchmarks.GPU``. A figure that they lack is
 
 import argparse
 import json
-import textwrap
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import GPU, GPU_BEFORE
+from benchmarks import GPU, GPU_BEFORE, markdown, peers_table
 from moe_kernels.bench import results
 from moe_kernels.bench.results import ROOT
-from moe_kernels.bench.shapes import DEFAULT_SHAPES, SHAPES
+from moe_kernels.bench.shapes import SHAPES
 from moe_kernels.cli import charts
 
 README = ROOT / "README.md"
 RESULTS, BEFORE = (ROOT / "benchmarks" / "results" / gpu for gpu in (GPU, GPU_BEFORE))
-CHART = "bench.png"
+CHART, PEERS_CHART = "bench.png", "peers.png"
 BEGIN, END = "<!-- measured: written by python -m benchmarks.readme -->", "<!-- /measured -->"
 #: Implementations of the block that the README shows, with peers between them.
 STOCK, OURS = "grouped_mm", "moe_kernels"
-_WIDTH = 140
-#: Layers beyond those measured by default that are listed one by one.
-_MOST_OTHERS = 2
 
 
 def measured(directory: Path, before: Path | None = None) -> str:
@@ -43,7 +39,8 @@ def measured(directory: Path, before: Path | None = None) -> str:
             *_block(shown, block, used),
         ]
     families = results.load(directory / "families.json")
-    parts += _experts(block, used) + _families(families, used) + _decode(decode, used) + _model(model, used)
+    parts += peers_table.table(block, _relative(directory / PEERS_CHART), used.note)
+    parts += _skewed(block, used) + _families(families, used) + _decode(decode, used) + _model(model, used)
     # It shows what the models learn, which takes no new run on every GPU.
     for place in filter(None, (directory, before)):
         if convergence := _read(place / "convergence.json"):
@@ -86,7 +83,7 @@ class _Used:
         if not setups:
             return []
         return [
-            _filled(
+            markdown.filled(
                 f"Measured on {', and on '.join(setups)}; content hash of the kernels `{self.content_hash}`. "
                 "How, and what each figure means: [docs/benchmarks.md](docs/benchmarks.md)."
             )
@@ -100,7 +97,7 @@ def _older(directory: Path) -> list[str]:
     if not used.machines:
         return []
     gpu, path = used.machines[0]["gpu"]["name"], _relative(directory)
-    return [_filled(f"Older figures, of one {gpu} and content hash `{used.content_hash}`: [{path}]({path}).")]
+    return [markdown.filled(f"Older figures, of one {gpu} and content hash `{used.content_hash}`: [{path}]({path}).")]
 
 
 def _setup(machine: dict) -> str:
@@ -109,10 +106,6 @@ def _setup(machine: dict) -> str:
         f"one {gpu['name']}, driver {gpu['driver']}, torch {versions['torch']} (CUDA {gpu['torch_cuda']}), "
         f"Triton {versions['triton']}, Transformers {versions['transformers']}"
     )
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _relative(path: Path) -> str:
@@ -155,32 +148,29 @@ def _headline(shown: dict[str, dict[str, dict]], used: _Used) -> str:
             low, high = (f"{ratio:.1f}" for ratio in (min(ratios), max(ratios)))
             said.append(claim.format(low if low == high else f"{low} to {high}"))
     gpu = used.machines[0]["gpu"]["name"]
-    return _filled(f"**One MoE block, forward and backward, on one {gpu}: {', '.join(said)}.**") if said else ""
+    return markdown.filled(f"**One MoE block, forward and backward, on one {gpu}: {', '.join(said)}.**") if said else ""
 
 
 def _ratio(stock: dict, ours: dict, metric: str) -> float | None:
-    return stock[metric] / ours[metric] if _has(stock, metric) and _has(ours, metric) else None
-
-
-def _has(row: dict, metric: str) -> bool:
-    return isinstance(row.get(metric), int | float)
+    return stock[metric] / ours[metric] if markdown.has(stock, metric) and markdown.has(ours, metric) else None
 
 
 def _block(shown: dict[str, dict[str, dict]], block: dict, used: _Used) -> list[str]:
-    metrics = [m for m in _COLUMNS if any(_has(row, m) for rows in shown.values() for row in rows.values())]
+    metrics = [m for m in _COLUMNS if any(markdown.has(row, m) for rows in shown.values() for row in rows.values())]
     headings = ["layer", "implementation", *(_COLUMNS[metric][0] for metric in metrics)]
-    lines = [_line(headings), "|---|---|" + "---:|" * len(metrics)]
+    lines = [markdown.line(headings), "|---|---|" + "---:|" * len(metrics)]
     for name, rows in shown.items():
         sizes = " · ".join(str(getattr(SHAPES[name], letter)) for letter in "TDIEK")
         note = used.note(_machine(block, row) for row in rows.values())
         first = [name + note, sizes]
         for implementation, row in rows.items():
             label = {STOCK: "stock", OURS: f"**{OURS}**"}.get(implementation, implementation)
-            lines.append(_line([first.pop(0) if first else "", label, *(_cell(row, metric) for metric in metrics)]))
+            cells = (markdown.figure(row, metric, _COLUMNS[metric][1]) for metric in metrics)
+            lines.append(markdown.line([first.pop(0) if first else "", label, *cells]))
         ratios = [_ratio(rows[STOCK], rows[OURS], metric) for metric in metrics]
-        lines.append(_line(["", "stock / ours", *("" if r is None else f"**{r:.1f}x**" for r in ratios)]))
+        lines.append(markdown.line(["", "stock / ours", *("" if r is None else f"**{r:.1f}x**" for r in ratios)]))
     return [
-        _filled(
+        markdown.filled(
             "Qwen3's block at these layer sizes (tokens · model width · expert width · experts · experts of a token), "
             "with the stock router and stock or our experts, bf16, uniform random routing. Stock is Transformers' "
             "default, `grouped_mm`. *Held* is what stays between forward and backward, *peak* the most a step takes, "
@@ -190,48 +180,25 @@ def _block(shown: dict[str, dict[str, dict]], block: dict, used: _Used) -> list[
     ]
 
 
-def _line(cells: Iterable[str]) -> str:
-    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
-
-
-def _cell(row: dict, metric: str) -> str:
-    return format(row[metric], _COLUMNS[metric][1]) if _has(row, metric) else "-"
-
-
-def _experts(block: dict, used: _Used) -> list[str]:
-    """How far our experts are from the bound, and what skewed routing costs."""
-    rows = block["rows"]
-    uniform = {shape: rows.get(f"experts/{shape}/uniform/{OURS}", {}) for shape in SHAPES}
-    uniform = {shape: row for shape, row in uniform.items() if "step_over_bound" in row}
-    if not uniform:
-        return []
-    over = _few({shape: row["step_over_bound"] for shape, row in uniform.items()})
-    text = (
-        "Our experts alone, with the routing given, forward and backward, as a multiple of the time of their bare "
-        f"products and sums: {over}{used.note(_machine(block, row) for row in uniform.values())}."
-    )
-    skewed, skewed_rows = [], []
+def _skewed(block: dict, used: _Used) -> list[str]:
+    """What skewed routing costs our experts."""
+    said, rows = [], []
     for shape in SHAPES:
-        found = {kind: rows.get(f"experts/{shape}/{kind}/{OURS}", {}) for kind in ("zipf", "one-hot")}
+        found = {kind: block["rows"].get(f"experts/{shape}/{kind}/{OURS}", {}) for kind in ("zipf", "one-hot")}
         found = {kind: row for kind, row in found.items() if "step_over_uniform" in row}
         if found:
             figures = ", ".join(f"{kind} {row['step_over_uniform']:.2f}" for kind, row in found.items())
-            skewed.append(f"{shape} {figures}")
-            skewed_rows += found.values()
-    if skewed:
-        note = used.note(_machine(block, row) for row in skewed_rows)
-        text += f" With skewed routing, as a multiple of their time on uniform routing: {'; '.join(skewed)}{note}."
-    return [_filled(text)]
-
-
-def _few(figures: dict[str, float]) -> str:
-    """Those of the layers that are measured by default; of others, if there are many, the least and the greatest."""
-    said = {shape: f"{shape} {figure:.2f}" for shape, figure in figures.items()}
-    others = sorted((shape for shape in figures if shape not in DEFAULT_SHAPES), key=figures.get)
-    if len(others) > _MOST_OTHERS:
-        between = f"{len(others)} other layers from {said[others[0]]} to {said[others[-1]]}"
-        said = {shape: text for shape, text in said.items() if shape not in others} | {"others": between}
-    return ", ".join(said.values())
+            said.append(f"{shape} {figures}")
+            rows += found.values()
+    if not said:
+        return []
+    note = used.note(_machine(block, row) for row in rows)
+    return [
+        markdown.filled(
+            "Our experts with skewed routing, forward and backward, as a multiple of their time on uniform routing: "
+            f"{'; '.join(said)}{note}."
+        )
+    ]
 
 
 #: Columns of the families: whose row, what it shows, how, and its heading.
@@ -258,14 +225,17 @@ def _families(families: dict, used: _Used) -> list[str]:
         "forward and backward. The bound is the time of the bare products, by cuBLAS, and of the sums over experts; "
         f"peak is what a step takes beyond parameters, gradients, input and output{note}."
     )
-    lines = [_line(["model", *(column[-1] for column in _FAMILY_COLUMNS)]), "|---|" + "---:|" * len(_FAMILY_COLUMNS)]
+    lines = [
+        markdown.line(["model", *(column[-1] for column in _FAMILY_COLUMNS)]),
+        "|---|" + "---:|" * len(_FAMILY_COLUMNS),
+    ]
     for model in models:
         cells = [model]
         for who, metric, how, _ in _FAMILY_COLUMNS:
             row = found[model, who] or {}
-            cells.append(format(row[metric], how) if _has(row, metric) else "-")
-        lines.append(_line(cells))
-    return [_filled(text), "\n".join(lines)]
+            cells.append(markdown.figure(row, metric, how))
+        lines.append(markdown.line(cells))
+    return [markdown.filled(text), "\n".join(lines)]
 
 
 def _decode(decode: dict, used: _Used) -> list[str]:
@@ -282,7 +252,7 @@ def _decode(decode: dict, used: _Used) -> list[str]:
     figures.sort(key=lambda figure: figure[0])
     listed = ", ".join(figure[1] for figure in figures)
     return [
-        _filled(
+        markdown.filled(
             f"Few tokens, forward of the {figures[0][2]} experts, launches included, in brackets the better of "
             f"stock's `grouped_mm` and `batched_mm`: {listed}{used.note(figure[3] for figure in figures)}."
         )
@@ -305,13 +275,13 @@ def _model(model: dict, used: _Used) -> list[str]:
         "Liger's RMSNorm, rotary embedding and fused linear cross-entropy. Peak is all that is allocated, parameters "
         f"and gradients included{used.note(_machine(model, row) for row in rows.values())}."
     )
-    lines = [_line(["experts", *(heading for heading, _ in _MODEL_COLUMNS.values())]), "|---|---:|---:|---:|"]
+    lines = [markdown.line(["experts", *(heading for heading, _ in _MODEL_COLUMNS.values())]), "|---|---:|---:|---:|"]
     for label, row in rows.items():
-        cells = (format(row[m], how) if _has(row, m) else "-" for m, (_, how) in _MODEL_COLUMNS.items())
-        lines.append(_line([label, *cells]))
-    parts = [_filled(text), "\n".join(lines)]
+        cells = (markdown.figure(row, metric, how) for metric, (_, how) in _MODEL_COLUMNS.items())
+        lines.append(markdown.line([label, *cells]))
+    parts = [markdown.filled(text), "\n".join(lines)]
     first = model["rows"].get(f"{prefix}first_step", {})
-    if _has(first, "first_step_s"):
+    if markdown.has(first, "first_step_s"):
         compiled = first.get("compilations_after")
         later = (
             ""
@@ -321,7 +291,9 @@ def _model(model: dict, used: _Used) -> list[str]:
         )
         note = used.note([_machine(model, first)])
         parts.append(
-            _filled(f"Its first step with empty compiler caches takes {first['first_step_s']:.0f} s{later}{note}.")
+            markdown.filled(
+                f"Its first step with empty compiler caches takes {first['first_step_s']:.0f} s{later}{note}."
+            )
         )
     return parts
 
@@ -330,7 +302,7 @@ def _convergence(found: dict, where: str, used: _Used) -> str:
     ours, stock = found["runs"]["moe_kernels"], found["runs"]["stock"]
     difference = found["comparison"]["last_loss_difference_percent"]
     layers, steps = found["sizes"]["layers"], len(ours["losses"])
-    return _filled(
+    return markdown.filled(
         f"A {layers}-layer Qwen3-30B-shaped checkpoint, {steps} steps in bf16{where} through "
         "`moe-kernels finetune --compare`, the same weights and data: the mean loss of the last 20 steps is "
         f"{ours['loss_last']:.4f} with our experts and {stock['loss_last']:.4f} with stock ({difference:+.2f} %), at "
@@ -349,7 +321,9 @@ def written(readme: str) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
-    charts.layers(RESULTS / CHART, results.load(RESULTS / "block.json"))
+    block = results.load(RESULTS / "block.json")
+    charts.layers(RESULTS / CHART, block)
+    peers_table.chart(RESULTS / PEERS_CHART, block)
     README.write_text(written(README.read_text()))
 
 

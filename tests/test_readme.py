@@ -28,7 +28,8 @@ def test_figures_are_those_of_the_results():
 
 def test_the_pictures_are_there():
     pictures = re.findall(r"!\[.*\]\((.*)\)", readme.README.read_text())
-    assert any(picture.endswith(readme.CHART) for picture in pictures)
+    for name in (readme.CHART, readme.PEERS_CHART):
+        assert any(picture.endswith(name) for picture in pictures)
     for picture in pictures:
         assert (readme.ROOT / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -106,7 +107,7 @@ def test_every_part_that_is_of_other_code_says_so(tmp_path):
     lines(tmp_path, MODEL, "model.json", content_hash=OTHER)
     (tmp_path / "convergence.json").write_text(CONVERGENCE.read_text())
     text = prose(tmp_path)
-    assert f"qwen3-30b 1.23 {NOTE}." in text and f"qwen3-30b zipf 1.05 {NOTE}." in text
+    assert f"forward and backward {NOTE}. TFLOP/s" in text and f"qwen3-30b zipf 1.05 {NOTE}." in text
     assert f"T = 256 0.10 ms (0.20) {NOTE}." in text
     assert f"gradients included {NOTE}." in text and f"none of our kernels {NOTE}." in text
     present = json.loads(CONVERGENCE.read_text())["machine"]["content_hash"]
@@ -154,7 +155,7 @@ def test_only_another_gpus_figures_are_pointed_at(tmp_path, monkeypatch, before,
 
 
 EXPERTS = {
-    "experts/qwen3-30b/uniform/moe_kernels": {"step_over_bound": 1.234},
+    "experts/qwen3-30b/uniform/moe_kernels": {"step_tflops": 522.0, "step_over_bound": 1.234},
     "experts/qwen3-30b/zipf/moe_kernels": {"step_over_uniform": 1.05},
 }
 FEW = {f"decode/qwen3-30b/T{tokens}/moe_kernels": {"forward_ms": 0.1, "over_best_stock": 0.5} for tokens in (8, 256, 1)}
@@ -171,18 +172,8 @@ def test_experts_and_decode_are_said_where_measured(tmp_path):
     lines(tmp_path, {OURS: ROW, STOCK: ROW, **EXPERTS})
     lines(tmp_path, FEW, "decode.json")
     text = prose(tmp_path)
-    assert "qwen3-30b 1.23." in text and "on uniform routing: qwen3-30b zipf 1.05." in text
+    assert "| 1.23 | - | 522 |" in text and "on uniform routing: qwen3-30b zipf 1.05." in text
     assert "T = 1 0.10 ms (0.20), T = 8 0.10 ms (0.20), T = 256 0.10 ms (0.20)." in text
-
-
-def test_of_many_layers_only_a_few_are_said_one_by_one(tmp_path):
-    row = {"step_over_bound": 1.2}
-    more = {"dsv3-ep8": 1.3, "mixtral": 1.05, "sonic-120b-n1024": 1.1}
-    experts = {f"experts/{name}/uniform/moe_kernels": {"step_over_bound": over} for name, over in more.items()}
-    lines(tmp_path, {"experts/olmoe-7b/uniform/moe_kernels": row, **dict(list(experts.items())[:2])})
-    assert "sums: olmoe-7b 1.20, dsv3-ep8 1.30, mixtral 1.05." in prose(tmp_path)
-    lines(tmp_path, experts)
-    assert "sums: olmoe-7b 1.20, 3 other layers from mixtral 1.05 to dsv3-ep8 1.30." in prose(tmp_path)
 
 
 def test_a_peer_that_was_stopped_after_its_forward(tmp_path):
@@ -216,7 +207,8 @@ def test_lines_of_prose_are_short():
 
 def test_main_renews_text_and_picture(tmp_path, monkeypatch):
     shutil.copytree(readme.RESULTS, tmp_path / "results")
-    (tmp_path / "results" / readme.CHART).unlink()
+    for chart in (readme.CHART, readme.PEERS_CHART):
+        (tmp_path / "results" / chart).unlink()
     (tmp_path / "README.md").write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
@@ -224,7 +216,7 @@ def test_main_renews_text_and_picture(tmp_path, monkeypatch):
     readme.main([])
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text and "fwd ms" in text
-    assert (tmp_path / "results" / readme.CHART).exists()
+    assert all((tmp_path / "results" / chart).exists() for chart in (readme.CHART, readme.PEERS_CHART))
 
 
 def test_help_writes_nothing(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The pictures: loss curves and how evenly the experts are used; time and memory of MoE layers."""
+"""The pictures: loss curves and how evenly the experts are used; time, memory and throughput of MoE layers."""
 
 import itertools
 from pathlib import Path
@@ -147,6 +147,63 @@ def layers(path: Path, results: dict) -> bool:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
+
+
+#: Bars of a layer in turn: what they are of, and how they look.
+_THROUGHPUT = {
+    "stock": ("experts, stock Transformers", {"color": _STOCK}),
+    "ours": ("experts, moe_kernels", {"color": _OURS}),
+    "our_block": ("block, moe_kernels, in turn with SonicMoE", {"color": _OURS, "alpha": 0.55}),
+    "peer": ("block, SonicMoE", {"color": _PEER_COLORS[0]}),
+    "published": (
+        "block, SonicMoE, published on an {gpu}",
+        {"facecolor": "white", "edgecolor": _PEER_COLORS[0], "hatch": "//////", "linewidth": 0.8},
+    ),
+}
+
+
+def throughput(
+    path: Path, bars: dict[str, dict[str, float]], bounds: dict[str, float], title: str, published_gpu: str
+) -> None:
+    """TFLOP/s of forward and backward: a group of bars for each layer, and the bound above it.
+
+    Args:
+        path: of the picture.
+        bars: by layer, what was measured or published of it, by name: stock, ours, our_block, peer, published.
+        bounds: TFLOP/s at the bound, of the layers where it is known.
+        title: what all was measured on.
+        published_gpu: what the published figures are of.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(13, 5), layout="constrained")
+    handles, ticks, left = {}, {}, 0.0
+    for layer, found in bars.items():
+        names = [name for name in _THROUGHPUT if name in found]
+        for x, name in enumerate(names):
+            label, look = _THROUGHPUT[name]
+            drawn = axis.bar(left + x, found[name], width=0.9, **look)
+            handles.setdefault(name, (drawn, label.format(gpu=published_gpu)))
+            text = axis.text(left + x + 0.03, found[name] - 8, f"{found[name]:.0f}", ha="center", va="top")
+            text.set(rotation=90, fontsize=7.5, color="#333333" if name in ("stock", "published") else "white")
+            if name == "published":  # or the hatching would run through it
+                text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+        width = max(1, len(names))
+        ticks[layer] = left + (width - 1) / 2
+        if layer in bounds:
+            (drawn,) = axis.plot([left - 0.6, left + width - 0.4], [bounds[layer]] * 2, color="#222222", linewidth=1.6)
+            handles.setdefault("bound", (drawn, "bound t_b of the experts: bare products and sums"))
+        left += width + 1.1
+    axis.set_xticks(list(ticks.values()), ["\n".join(layer.rsplit("-", 1)) for layer in ticks], fontsize=7.5)
+    axis.set_xlim(-1.1, left - 1.0)
+    axis.set_title(f"forward + backward of every layer, TFLOP/s; {title}", loc="left", fontsize=11)
+    axis.grid(axis="y", color=_GRID, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="both", length=0)
+    shown = [handles[name] for name in (*_THROUGHPUT, "bound") if name in handles]
+    figure.legend(*zip(*shown), loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _step_bars(axis, places: dict, times: dict, colors: dict) -> None:

@@ -8,7 +8,7 @@ import torch
 from moe_kernels.bench import block, decode, extra, layer
 from moe_kernels.bench.layer import Inaccurate
 from moe_kernels.bench.measure import Measured
-from moe_kernels.bench.shapes import DEFAULT_SHAPES, ROUTINGS, SHAPES
+from moe_kernels.bench.shapes import ALL_SHAPES, DEFAULT_SHAPES, ROUTINGS, SHAPES
 from tests.bench.conftest import PRODUCTS_MS
 
 TINY = SHAPES["tiny"]
@@ -147,6 +147,31 @@ def test_a_peer_that_is_stopped_after_its_forward_has_a_row_with_the_reason(sess
     assert block.run_peer(session, TINY, "liger") == "first call not finished in 150 s"
     row = {"forward_ms": 9.0, "reason": "first call not finished in 150 s"}
     assert session.rows["block.json"] == {"block/tiny/uniform/liger": row}
+
+
+def test_every_shape_has_stock_beside_ours():
+    by_default = {case.name for name in DEFAULT_SHAPES for case in block.cases(SHAPES[name])}
+    for shape in map(SHAPES.get, ALL_SHAPES):
+        *before, ours = (case.name for case in block.on_every_shape(shape))
+        assert ours == f"experts/{shape.name}/uniform/moe_kernels"
+        stock = f"experts/{shape.name}/uniform/grouped_mm"
+        assert before == ([] if stock in by_default else [stock])
+
+
+def test_stock_that_lacks_the_memory_has_a_row_with_the_reason(session, monkeypatch):
+    def measure(forward, d_out):
+        forward().backward(d_out)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    stock, ours = block.on_every_shape(TINY)
+    assert block.run_if_it_fits(session, ours)[1]["step_ms"] == 7
+    monkeypatch.setattr(block, "measure", measure)
+    reason = block.run_if_it_fits(session, stock)
+    assert reason == "out of memory: CUDA out of memory."
+    assert session.find("block.json", stock.name) == {"reason": reason}
+    assert all(leaf.grad is None for leaf in session.layer(TINY).leaves("experts", "uniform"))
+    with pytest.raises(torch.OutOfMemoryError):
+        block.run_if_it_fits(session, ours)
 
 
 # decode.json
