@@ -26,3 +26,7 @@ def test_compile(session, timed):
 @pytest.mark.parametrize("implementation", extra.ON_THE_HOST)
 def test_host(session, timed, implementation):
     timed(*extra.run_host(session, SHAPE, implementation))
+
+
+def test_compile_accumulate(session, timed):
+    timed(*extra.run_compile_accumulate(session, SHAPE))

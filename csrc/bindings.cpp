@@ -306,13 +306,14 @@ void bind_sm90(py::module_& m) {
     m.def(
         "grouped_wgrad",
         [](uintptr_t dw, int dw_dtype, uintptr_t lhs, int64_t lhs_stride, uintptr_t rhs, int64_t rhs_stride, int64_t m,
-           int64_t n, bool gather_lhs, const Plan& plan, int num_sms, uintptr_t counter, uintptr_t stream) {
+           int64_t n, bool gather_lhs, bool accumulate, const Plan& plan, int num_sms, uintptr_t counter,
+           uintptr_t stream) {
             grouped_wgrad({pointer<void>(dw), static_cast<DType>(dw_dtype), pointer<const void>(lhs),
-                           pointer<const void>(rhs), lhs_stride, rhs_stride, m, n, gather_lhs},
+                           pointer<const void>(rhs), lhs_stride, rhs_stride, m, n, gather_lhs, accumulate},
                           plan, {num_sms, pointer<int>(counter), stream_of(stream)});
         },
         py::kw_only(), "dw"_a, "dw_dtype"_a, "lhs"_a, "lhs_stride"_a, "rhs"_a, "rhs_stride"_a, "m"_a, "n"_a,
-        "gather_lhs"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
+        "gather_lhs"_a, "accumulate"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
     m.def("row_sums_workspace", &row_sums_workspace, py::kw_only(), "num_rows"_a, "num_experts"_a, "width"_a,
           "float32 words of scratch memory that row_sums needs.");
     m.def(

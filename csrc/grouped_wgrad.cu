@@ -1,6 +1,6 @@
 // grouped_wgrad: dW[e] = sum over the rows r of expert e of lhs(r)^T . rhs(r), one side gathered by token or none.
 //
-//     lhs [R or T, M], rhs [R or T, N] -> dW [E, M, N]
+//     lhs [R or T, M], rhs [R or T, N] -> dW [E, M, N], or added to a dW that is there
 //
 // Tiling as in sm90/varlen_m.cuh, but the reduction runs over an expert's rows, 64 at a time, so both operands lie
 // across it. A block makes 256 columns of the gathered side times 192 of the contiguous side, a consumer half of the
@@ -12,6 +12,9 @@
 // place of rows past the end: those belong to the next expert, or to nobody and may hold anything. An expert without
 // rows takes one step of zeros. One block adds up a tile from first row to last, so the sum has one order. Where
 // nothing is gathered, one side comes as a gathered one would, row r for row r.
+//
+// Accumulating, the copy engine adds a chunk to memory instead of storing it: the sum, rounded to dW's type, and one
+// more rounding. Every element is added to once, so the result does not depend on the order of the tiles.
 
 #include <limits>
 #include <type_traits>
@@ -57,8 +60,9 @@ struct Wgrad {
     uint32_t gathered_row_bytes, contiguous_stride;  // the stride in bytes, and in elements
     int gathered_width, contiguous_width, m, n;
     const int* offsets;
-    const int* slots;                         // null: the gathered side's row is the row itself
-    Divisor top_k;                            // then 1
+    const int* slots;  // null: the gathered side's row is the row itself
+    Divisor top_k;     // then 1
+    bool accumulate;
     int num_experts, num_pairs, num_columns;  // pairs of gathered tiles, contiguous tiles
     int* counter;                             // of tiles drawn, zero before the launch
 };
@@ -331,7 +335,7 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
                 }
             };
             auto send = [&] {
-                if (thread != 0) return;
+                if (thread != 0 || (p.accumulate && tile.begin >= tile.end)) return;
                 const int g =
                     (kCluster * tile.pair + rank) * Tiling::kM + (consumer * Tiling::kBlocks + i / kChunks) * kRows;
                 const int c = tile.column * Tiling::kN + 64 * (i % kChunks);
@@ -339,7 +343,12 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
 #pragma unroll
                 for (int part = 0; part < kAtOnce; ++part) {
                     if (row < p.m && column + 32 * part < p.n) {
-                        ptx::tma_store_3d(&p.dw, chunk + part * kChunkBytes, column + 32 * part, row, tile.expert);
+                        const unsigned char* from = chunk + part * kChunkBytes;
+                        if (p.accumulate) {
+                            ptx::tma_add_3d(&p.dw, from, column + 32 * part, row, tile.expert);
+                        } else {
+                            ptx::tma_store_3d(&p.dw, from, column + 32 * part, row, tile.expert);
+                        }
                     }
                 }
             };
@@ -436,6 +445,7 @@ void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launc
     p.top_k = divisor(top_k);
     p.m = static_cast<int>(a.m);
     p.n = static_cast<int>(a.n);
+    p.accumulate = a.accumulate;
     p.num_experts = plan.num_experts;
     p.counter = launch.counter;
     if (takes_tall(p)) {

@@ -17,6 +17,7 @@ struct GroupedWgradArguments {
     int64_t lhs_stride, rhs_stride;
     int64_t m, n;
     bool gather_lhs;  // else rhs is gathered
+    bool accumulate;  // the products are added to what dw holds
 };
 
 void grouped_wgrad(const GroupedWgradArguments& arguments, const Plan& plan, const Launch& launch);

@@ -371,6 +371,8 @@ def op_arguments(op: str, p: Problem) -> tuple:
             return p.d_out, p.w_down, p.h, p.weights, *plan_arguments, *case.options
         case "grouped_wgrad":
             return p.d_out, p.a, offsets, slots, case.K, "lhs", True, p.x.dtype
+        case "grouped_wgrad_":
+            return p.d_out, p.a, offsets, slots, case.K, "lhs", p.w_down.clone()
         case "combine":
             return torch.full_like(p.x, torch.nan), p.y, positions, p.weights, p.residual
         case "decode_experts":
@@ -390,6 +392,7 @@ OPS = (
     "d_activation",
     "d_activation_",
     "grouped_wgrad",
+    "grouped_wgrad_",
     "combine",
     "decode_experts",
 )

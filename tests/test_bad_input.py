@@ -38,6 +38,7 @@ ARGUMENTS = {
         "interleaved",
     ),
     "grouped_wgrad": ("lhs", "rhs", "offsets", "slots", "top_k", "gather", "sum_lhs", "out_dtype"),
+    "grouped_wgrad_": ("lhs", "rhs", "offsets", "slots", "top_k", "gather", "into"),
     "combine": ("out", "y", "positions", "weights", "residual"),
 }  # fmt: skip
 
@@ -179,6 +180,13 @@ BROKEN = [
     ("grouped_wgrad", "offsets", longs, "int32"),
     ("grouped_wgrad", "gather", becomes("both"), "none, lhs, rhs"),
     ("grouped_wgrad", "out_dtype", becomes(torch.int32), "floating"),
+    ("grouped_wgrad_", "rhs", half, "torch.float32 like lhs"),
+    ("grouped_wgrad_", "lhs", one_more, "it is gathered"),
+    ("grouped_wgrad_", "gather", becomes("both"), "none, lhs, rhs"),
+    ("grouped_wgrad_", "into", one_more, r"of shape \[4, 16, 8\]"),
+    ("grouped_wgrad_", "into", lambda into: into.mT.contiguous().mT, "contiguous"),
+    ("grouped_wgrad_", "into", half, "torch.float32 like lhs or torch.float32"),
+    ("grouped_wgrad_", "into", meta, "on cpu like lhs"),
     ("combine", "out", one_more, "T of positions"),
     ("combine", "y", half, "torch.float32 like out"),
     ("combine", "positions", longs, "int32"),
@@ -238,7 +246,7 @@ def test_op_contract(op, argument, broken, accepted):
     with pytest.raises((ValueError, TypeError)) as error:
         getattr(torch.ops.moe_kernels, op)(*arguments)
     message = str(error.value)
-    assert message.startswith(f"{op}: "), message
+    assert message.startswith(f"{op.rstrip('_')}: "), message
     assert re.search(rf"\b{argument}\b.* must be .*{accepted}.*, got ", message), message
     if isinstance(arguments[at], torch.Tensor):
         assert str(list(arguments[at].shape)) in message, "the message says what came"

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from moe_kernels.bench import peers
-from moe_kernels.bench.layer import FUSED_ROUTER, STOCK, YARDSTICK, backend_of
-from moe_kernels.bench.measure import measure, waiting
+from moe_kernels.bench.layer import ACCUMULATE, FUSED_ROUTER, STOCK, YARDSTICK, Layer, backend_of
+from moe_kernels.bench.measure import measure, medians_in_turn_ms, waiting
 from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import DEFAULT_SHAPES, Shape
 
@@ -35,7 +35,7 @@ def cases(shape: Shape, routings: Iterable[str] = ("uniform",)) -> list[Case]:
     """What is measured of a shape. Stock comes first, so that a row can be held against it."""
     implementations = [name for name in STOCK if why_left_out(name, shape) is None] + ["moe_kernels"]
     if shape.name == DEFAULT_SHAPES[0]:  # one shape shows what the choices do
-        implementations += ["moe_kernels_recompute", "moe_kernels_triton", FUSED_ROUTER]
+        implementations += ["moe_kernels_recompute", "moe_kernels_triton", ACCUMULATE, FUSED_ROUTER]
     return [Case("block", shape, "uniform", name) for name in implementations] + [
         Case("experts", shape, kind, name) for kind in routings for name in EXPERTS
     ]
@@ -80,6 +80,8 @@ def run(session: Session, case: Case) -> tuple[Callable[[], None], dict]:
     row["step_tflops"] = 3 * shape.forward_flops / measured.step_ms / 1e9
     if case.what == "experts":
         row |= _compared(session, case, row)
+    if case.implementation == ACCUMULATE:
+        row["over_plain"] = _over_plain(layer, case)
     if case.routing == "uniform" and (case.what == "experts" or case.implementation not in EXPERTS):
         session.record(FILE, f"error/{shape.name}/{case.implementation}", errors)
 
@@ -103,6 +105,19 @@ def run_if_it_fits(session: Session, case: Case) -> tuple[Callable[[], None], di
         leaf.grad = None
     session.record(FILE, case.name, {"reason": reason})
     return reason
+
+
+def _over_plain(layer: Layer, case: Case) -> float:
+    """The time of a step that finds a ``.grad``, as a multiple of ``moe_kernels``', in turn."""
+
+    def step_of(implementation: str) -> Callable[[], None]:
+        forward = layer.forward(case.what, case.routing, implementation)
+        return lambda: forward().backward(layer.d_out)
+
+    times = medians_in_turn_ms({name: step_of(name) for name in (ACCUMULATE, "moe_kernels")})
+    for leaf in layer.leaves(case.what, case.routing):
+        leaf.grad = None
+    return times[ACCUMULATE] / times["moe_kernels"]
 
 
 def _compared(session: Session, case: Case, row: dict) -> dict:

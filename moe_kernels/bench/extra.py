@@ -6,11 +6,20 @@ load the products of two equal steps differ by 4 %, where those bound by memory 
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from moe_kernels.bench.layer import FUSED_ROUTER, SANE, STOCK, Inaccurate, forward_block, gradients
+from moe_kernels.bench.layer import (
+    ACCUMULATE,
+    FUSED_ROUTER,
+    SANE,
+    STOCK,
+    Inaccurate,
+    accumulated,
+    forward_block,
+    gradients,
+)
 from moe_kernels.bench.measure import capture, host_us, measure, medians_in_turn_ms, waiting
 from moe_kernels.bench.session import Session
 from moe_kernels.bench.shapes import Shape
@@ -65,22 +74,36 @@ def run_graph(session: Session, shape: Shape) -> tuple[Callable[[], None], dict]
 
 def run_compile(session: Session, shape: Shape) -> tuple[Callable[[], None], dict]:
     """``torch.compile(block, fullgraph=True)``, in turn with the same block in eager mode."""
+    return _compiled(session, shape, OURS, gradients)
+
+
+def run_compile_accumulate(session: Session, shape: Shape) -> tuple[Callable[[], None], dict]:
+    """The same where both add weight gradients to a ``.grad`` that is there."""
+    return _compiled(session, shape, ACCUMULATE, accumulated)
+
+
+def _compiled(session: Session, shape: Shape, implementation: str, found: Callable) -> tuple[Callable[[], None], dict]:
     layer = session.layer(shape)
     torch._dynamo.reset()
-    module = torch.compile(layer.module("block", OURS), fullgraph=True)
-    name = f"compile/{shape.name}/{OURS}"
+    module = torch.compile(layer.module("block", implementation), fullgraph=True)
+    name = f"compile/{shape.name}/{implementation}"
 
     def forward() -> torch.Tensor:
         return forward_block(module, layer.x)
 
-    eager, leaves = layer.forward("block", "uniform", OURS), layer.leaves("block", "uniform")
-    layer.check(name, "block", "uniform", gradients(forward, leaves, layer.d_out))
+    eager, leaves = layer.forward("block", "uniform", implementation), layer.leaves("block", "uniform")
+    layer.check(name, "block", "uniform", found(forward, leaves, layer.d_out))
     row = measure(forward, layer.d_out)._asdict()
     forwards = {"compiled": forward, "eager": eager}
-    steps = {mode: functools.partial(gradients, run, leaves, layer.d_out) for mode, run in forwards.items()}
+    steps = {mode: functools.partial(_step, found, run, leaves, layer.d_out) for mode, run in forwards.items()}
     times = medians_in_turn_ms(steps)
     peak_mib = measure(eager, layer.d_out).peak_mib
     row |= {"over_eager": times["compiled"] / times["eager"], "peak_over_eager": row["peak_mib"] / peak_mib}
+    if implementation != OURS:
+        plain_mib = measure(layer.forward("block", "uniform", OURS), layer.d_out).peak_mib
+        row["peak_over_plain_eager"] = row["peak_mib"] / plain_mib
+    for leaf in leaves:
+        leaf.grad = None
     return waiting(lambda: forward().backward(layer.d_out)), session.record(FILE, name, row)
 
 
@@ -94,3 +117,11 @@ def run_host(session: Session, shape: Shape, implementation: str) -> tuple[Calla
         no_grad_us = host_us(forward)
     row = {"forward_no_grad_us": no_grad_us, "forward_us": host_us(forward), "step_us": host_us(step)}
     return waiting(step), session.record(FILE, f"host/{shape.name}/{implementation}", row)
+
+
+def _step(found: Callable, forward: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor], d_out) -> None:
+    """A step that makes gradients, or adds to those that are there."""
+    if found is gradients:
+        gradients(forward, leaves, d_out)
+    else:
+        forward().backward(d_out)

@@ -28,12 +28,15 @@ STOCK = ("eager", "grouped_mm", "batched_mm")
 YARDSTICK = "grouped_mm"
 #: Ours with our router too, as ``patch(model)`` leaves a block.
 FUSED_ROUTER = "moe_kernels_fused_router"
-#: Ours, with the ``recompute`` and the forced backend of each.
+#: Ours adding weight gradients to ``.grad`` itself.
+ACCUMULATE = "moe_kernels_accumulate"
+#: Ours, with the options of ``patch`` and the forced backend of each.
 OURS = {
-    "moe_kernels": (None, None),
-    "moe_kernels_recompute": ("pre_activation", None),
-    "moe_kernels_triton": (None, "triton"),
-    FUSED_ROUTER: (None, None),
+    "moe_kernels": ({}, None),
+    "moe_kernels_recompute": ({"recompute": "pre_activation"}, None),
+    "moe_kernels_triton": ({}, "triton"),
+    ACCUMULATE: ({"accumulate_grad": True}, None),
+    FUSED_ROUTER: ({}, None),
 }
 #: Ours may be this many times less exact than the yardstick. Stock and peers only have to be sane.
 TIMES_YARDSTICK, SLACK, SANE = 2, 1e-6, 0.1
@@ -55,6 +58,19 @@ def gradients(forward: Callable[[], Tensor], leaves: Sequence[Tensor], d_out: Te
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
+def accumulated(forward: Callable[[], Tensor], leaves: Sequence[Tensor], d_out: Tensor) -> list[Tensor]:
+    """The same, by way of ``.grad``: half of what two steps leave there, which in binary numbers is that of one."""
+    for leaf in leaves:
+        leaf.grad = None
+    for _ in range(2):
+        out = forward()
+        out.backward(d_out)
+    found = [out.detach(), *(leaf.grad / 2 for leaf in leaves)]
+    for leaf in leaves:
+        leaf.grad = None
+    return found
+
+
 def relative_l2(value: Tensor, truth: Tensor) -> float:
     return (_norm(value.float() - truth) / _norm(truth)).item()
 
@@ -65,7 +81,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 def backend_of(implementation: str) -> AbstractContextManager[None]:
     """To run an implementation inside: forces a backend where its name asks for one."""
-    return use_backend(OURS.get(implementation, (None, None))[1])
+    return use_backend(OURS.get(implementation, ({}, None))[1])
 
 
 def forward_block(block: Callable[[Tensor], Tensor], x_TD: Tensor) -> Tensor:
@@ -101,7 +117,7 @@ class Layer:
         block = copy.copy(self.block)
         block._modules = self.block._modules | {"experts": experts, "gate": router}
         if implementation in OURS:
-            patch(block if implementation == FUSED_ROUTER else experts, OURS[implementation][0])
+            patch(block if implementation == FUSED_ROUTER else experts, **OURS[implementation][0])
         else:
             experts.config._experts_implementation = implementation
         return experts if what == "experts" else block
@@ -123,8 +139,9 @@ class Layer:
 
     def errors(self, what: str, kind: str, implementation: str) -> dict[str, float]:
         """Relative errors of the output and of every gradient; :class:`Inaccurate` if one is too large."""
+        found = accumulated if implementation == ACCUMULATE else gradients
         with backend_of(implementation):
-            values = gradients(self.forward(what, kind, implementation), self.leaves(what, kind), self.d_out)
+            values = found(self.forward(what, kind, implementation), self.leaves(what, kind), self.d_out)
         label = f"{what}/{self.shape.name}/{kind}/{implementation}"
         limit = None if implementation in OURS else SANE
         return self.check(label, what, kind, values, limit, fused_router=implementation == FUSED_ROUTER)

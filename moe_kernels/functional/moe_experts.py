@@ -7,7 +7,8 @@ Forward                                             Backward, given dO
     O = sum over k of s Y                               dW_gate_up = dH^T . gather(X)
 
 Two autograd Functions, so that dW_down is accumulated and freed before dW_gate_up exists. Between forward and backward
-live X, H, the plan and the routing weights. Source of the algorithm: SonicMoE (arXiv 2512.14080); in-place dH, the
+live X, H, the plan and the routing weights. With ``accumulate_grad`` both are added to a ``.grad`` that is there, and
+none is made beside it. Source of the algorithm: SonicMoE (arXiv 2512.14080); in-place dH, the
 order and the column chunks of large Y and dX are ours. Shape letters: T K R E D I, and N = 2I (gated) or I.
 """
 
@@ -18,14 +19,16 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_kernels import backends
-from moe_kernels.functional._autocast import cast, products_dtype, without_autocast
+from moe_kernels.functional import _accumulate_grad, _down_bias
+from moe_kernels.functional._autocast import cast, products_dtype
 from moe_kernels.functional._experts_contract import check, check_residual
 from moe_kernels.functional.grouped_gemm import row_sums
 from moe_kernels.functional.routing_plan import MIN_BLOCK_M, RoutingPlan, refuse_double_backward, routing_plan
 from moe_kernels.ops import decode_experts
 
-#: Y and dX rows may take as much memory as the gradient of w_gate_up would, which never lives beside them, or this
-#: much if that is less; beyond it they are made and summed fewer columns at a time.
+#: Y and dX rows may take as much memory as the gradient of w_gate_up would, which never lives beside them; where it is
+#: added to ``.grad``, as much as the rows they are made of. Or this much if that is less. Beyond it they are made and
+#: summed fewer columns at a time.
 _ROW_BUFFER_BYTES = 64 * 2**20
 _CHUNK_COLUMNS = 256  # chunks are multiples of this: a narrower product would waste the widest tiles
 
@@ -35,6 +38,7 @@ class _How(NamedTuple):
     options: tuple[float | None, float | None, bool]  # of the activation: alpha, limit, interleaved
     store_h: bool  # False: nobody needs H, or the backward makes it again
     recompute: bool
+    accumulate_grad: bool
     dtype: torch.dtype  # of the products; a parameter of another dtype is cast here and gets its gradient in its own
 
 
@@ -50,6 +54,7 @@ def moe_experts(
     bias_down_ED: Tensor | None = None,
     residual_TD: Tensor | None = None,
     recompute: str | None = None,
+    accumulate_grad: bool = False,
     alpha: float | None = None,
     limit: float | None = None,
     interleaved: bool = False,
@@ -73,6 +78,11 @@ def moe_experts(
         recompute: None saves the pre-activation H [R, 2I]; "pre_activation" saves only x and makes H again in the
             backward, +22 % FLOPs. It also allows more than one backward over the graph, which otherwise raises: dH is
             written over H.
+        accumulate_grad: add the gradients of the weights to a ``.grad`` that is there already (fp32, or of the dtype
+            of the products) in the products that make them, so gradient accumulation needs no memory of the weights'
+            size. Autograd itself gets the gradient, and a warning says why, where it has to: tensor hooks of a weight,
+            ``torch.autograd.grad``, DistributedDataParallel, a weight that is no parameter or its ``.mT``, a ``.grad``
+            that the kernels can't add to. Under torch.compile those that show in the backward alone raise instead.
         alpha: of "swiglu_oai" (gpt-oss: 1.702).
         limit: of the clamped activations (gpt-oss: 7).
         interleaved: gate and up rows of ``w_gate_up_E2ID``, and so the elements of its bias, come in turn.
@@ -85,7 +95,8 @@ def moe_experts(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or device, an unknown activation or recompute, an
             ``alpha`` or ``limit`` that the activation needs and does not get, or gets and does not have.
-        RuntimeError: a second backward over a consumed graph, a double backward, a forced backend that can't run.
+        RuntimeError: a second backward over a consumed graph, a double backward, a forced backend that can't run, a
+            compiled graph with ``accumulate_grad`` in a backward that must not accumulate.
     """
     tensors = (x_TD, routing_weights_TK, w_gate_up_E2ID, w_down_EDI, bias_gate_up_E2I, bias_down_ED)
     options = alpha, limit, interleaved
@@ -107,6 +118,7 @@ def moe_experts(
         options,
         store_h=needs_backward and recompute is None,
         recompute=recompute is not None,
+        accumulate_grad=needs_backward and accumulate_grad and _accumulate_grad.allowed_here(),
         dtype=products_dtype(x_TD, x_TD.device.type),
     )
     x, residual = cast(x_TD, how.dtype), cast(residual_TD, how.dtype)
@@ -117,7 +129,8 @@ def moe_experts(
         return cast(out_TD, x_TD.dtype)
     if torch.compiler.is_compiling():
         leaves = w_gate_up_E2ID, bias_gate_up_E2I, routing_weights_TK, w_down_EDI, bias_down_ED
-        return cast(_Compiled.apply(x, *leaves, routing, how, residual), x_TD.dtype)
+        adds = [how.accumulate_grad and _accumulate_grad.in_graph(w, x) for w in (w_gate_up_E2ID, w_down_EDI)]
+        return cast(_Compiled.apply(x, *leaves, routing, how, residual, tuple(adds)), x_TD.dtype)
     h_RN, a_RI = _GateUp.apply(x, w_gate_up_E2ID, bias_gate_up_E2I, routing, how)
     again = (x, w_gate_up_E2ID, bias_gate_up_E2I) if how.recompute else (None, None, None)
     out_TD = _Down.apply(h_RN, a_RI, routing_weights_TK, w_down_EDI, bias_down_ED, again, routing, how, residual)
@@ -133,7 +146,7 @@ class _GateUp(torch.autograd.Function):
         if not how.store_h:  # H exists for autograd's graph alone: right shape, one element of memory
             h_RN = x_TD.new_empty(1, 1).expand(plan.slots_R.shape[0], w_E2ID.shape[1])
         ctx.save_for_backward(x_TD, w_E2ID, *plan[:4])
-        ctx.block_m, ctx.dtype = plan.block_m, how.dtype
+        ctx.block_m, ctx.how = plan.block_m, how
         ctx.mark_non_differentiable(a_RI)
         ctx.set_materialize_grads(False)
         return h_RN, a_RI
@@ -142,7 +155,8 @@ class _GateUp(torch.autograd.Function):
     def backward(ctx, dh_RN, _):
         x_TD, w_E2ID, *tensors = ctx.saved_tensors
         plan = RoutingPlan(*tensors, ctx.block_m)
-        return *_d_gate_up(dh_RN, x_TD, w_E2ID, plan, ctx.dtype, *ctx.needs_input_grad[:3]), None, None
+        node = ctx.next_functions[1][0] if ctx.how.accumulate_grad else None
+        return *_d_gate_up(dh_RN, x_TD, w_E2ID, plan, ctx.how, *ctx.needs_input_grad[:3], node=node), None, None
 
 
 class _Down(torch.autograd.Function):
@@ -167,11 +181,12 @@ class _Down(torch.autograd.Function):
             a_scaled_RI, d_weights_TK = _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan)
             dh_RN = h_RN
         if needs_w:
-            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI)
+            node = ctx.next_functions[3][0] if how.accumulate_grad else None
+            dw_EDI, _ = _wgrad(d_out_TD, a_scaled_RI, plan, w_EDI, gather="lhs", node=node)
         if needs_weights:
-            d_weights_TK = _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
+            d_weights_TK = _down_bias.d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
         if needs_bias:
-            d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
+            d_bias_ED = _down_bias.d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
         return (
             dh_RN if needs_h else None,
             None,
@@ -188,15 +203,16 @@ class _Down(torch.autograd.Function):
 class _Compiled(torch.autograd.Function):
     """Both in one, for torch.compile, whose backward is one graph that gives its gradients away at its end.
 
-    dW_down comes last there: made first it would live beside dH, which is larger than A'. dH gets memory of its own,
-    since a compiler copies H before an op that writes over it, and so a graph may be used twice.
+    dW_down comes last there: made first it would live beside dH, which is larger than A'. Added to ``.grad`` (``adds``:
+    of w_gate_up, of w_down) it comes first, as in eager mode. dH gets memory of its own, since a compiler copies H
+    before an op that writes over it, and so a graph may be used twice.
     """
 
     @staticmethod
-    def forward(ctx, x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, plan, how, residual_TD):
+    def forward(ctx, x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, plan, how, residual_TD, adds):
         h_RN, a_RI = _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, store_h=how.store_h, store_a=True)
         ctx.save_for_backward(x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, h_RN, *plan[:4])
-        ctx.block_m, ctx.how = plan.block_m, how
+        ctx.block_m, ctx.how, ctx.adds = plan.block_m, how, adds
         return _down(a_RI, w_EDI, bias_ED, weights_TK, plan, w_E2ID.shape[1], how, residual_TD)
 
     @staticmethod
@@ -204,22 +220,27 @@ class _Compiled(torch.autograd.Function):
         refuse_double_backward("moe_experts")
         x_TD, w_E2ID, bias_E2I, weights_TK, w_EDI, bias_ED, h_RN, *tensors = ctx.saved_tensors
         plan, how, d_out_TD = RoutingPlan(*tensors, ctx.block_m), ctx.how, d_out_TD.contiguous()
-        *needs_gate_up, needs_weights, needs_w, needs_bias, _, _, needs_residual = ctx.needs_input_grad
+        *needs_gate_up, needs_weights, needs_w, needs_bias, _, _, needs_residual, _ = ctx.needs_input_grad
+        adds_gate_up, adds_down = ctx.adds
         d_gate_up, d_weights_TK, dw_EDI, d_bias_ED = (None, None, None), None, None, None
         if any(needs_gate_up) or needs_weights or needs_w:
             if how.recompute:
                 h_RN, _ = _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, store_h=True, store_a=False)
             arguments = _of_d_activation(d_out_TD, w_EDI, h_RN, weights_TK, plan, how)
             dh_RN, a_scaled_RI, d_weights_TK = torch.ops.moe_kernels.d_activation(*arguments)
-            d_gate_up = _d_gate_up(dh_RN, x_TD, w_E2ID, plan, how.dtype, *needs_gate_up)
-        if needs_w:
-            dw_EDI = _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI)
+            if adds_down:
+                sides = d_out_TD, a_scaled_RI, *plan[:2], plan.top_k, "lhs"
+                torch.ops.moe_kernels.add_to_grad_(dh_RN, *sides, w_EDI)
+            d_gate_up = _d_gate_up(dh_RN, x_TD, w_E2ID, plan, how, *needs_gate_up, adds=adds_gate_up)
+        if needs_w and not adds_down:
+            dw_EDI, _ = _wgrad(d_out_TD, a_scaled_RI, plan, w_EDI, gather="lhs")
         if needs_weights:
-            d_weights_TK = _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
+            d_weights_TK = _down_bias.d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan)
         if needs_bias:
-            d_bias_ED = _d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
+            d_bias_ED = _down_bias.d_down_bias(d_out_TD, weights_TK, bias_ED, plan)
         d_residual_TD = d_out_TD if needs_residual else None
-        return *d_gate_up, d_weights_TK if needs_weights else None, dw_EDI, d_bias_ED, None, None, d_residual_TD
+        d_weights_TK = d_weights_TK if needs_weights else None
+        return *d_gate_up, d_weights_TK, dw_EDI, d_bias_ED, None, None, d_residual_TD, None
 
 
 # The steps
@@ -254,14 +275,14 @@ def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
 
 def _down(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how, residual_TD):
     w_EDI, bias_ED = cast(w_EDI, how.dtype), cast(bias_ED, how.dtype)
-    return _row_product_and_sum(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, residual_TD, trans_w=True)
+    return _row_product_and_sum(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how, residual_TD, trans_w=True)
 
 
-def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, residual_TD=None, *, trans_w) -> Tensor:
+def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, how, residual_TD=None, *, trans_w) -> Tensor:
     """residual + sum over k of s * (a . W) per token, [T, D]; ``inner`` is N, the width of H."""
     width = w.shape[1 if trans_w else 2]
     out_TD = a_RC.new_empty(plan.positions_TK.shape[0], width)
-    step = _chunk_columns(a_RC, width, plan.num_experts * inner * width)
+    step = _chunk_columns(a_RC, width, None if how.accumulate_grad else plan.num_experts * inner * width)
     for start in range(0, width, step):
         columns = start, min(step, width - start)
         y_Rn = torch.ops.moe_kernels.grouped_gemm(
@@ -283,15 +304,19 @@ def _columns(tensor: Tensor | None, start: int, length: int, dim: int = 1) -> Te
     return tensor if tensor is None or tensor.shape[dim] == length else tensor.narrow(dim, start, length)
 
 
-def _chunk_columns(a_RC: Tensor, width: int, gate_up_elements: int) -> int:
-    """How many of the ``width`` columns of a row buffer to make at a time."""
-    if torch.compiler.is_compiling():  # first: a comparison of a symbolic T would be a guard
+def _chunk_columns(a_RC: Tensor, width: int, allowed: int | None) -> int:
+    """How many of the ``width`` columns of a row buffer to make at a time.
+
+    Args:
+        allowed: elements that the buffer may have in any case; None: as many as ``a_RC``.
+    """
+    if torch.compiler.is_compiling():  # without a look at T: a comparison of a symbolic one would be a guard
+        chunks = 1 if allowed is not None else -(-width // a_RC.shape[1])
+    else:
+        allowed = a_RC.numel() if allowed is None else allowed
+        chunks = -(-a_RC.shape[0] * width // max(_ROW_BUFFER_BYTES // a_RC.element_size(), allowed))
+    if chunks <= 1:
         return width
-    allowed = max(_ROW_BUFFER_BYTES, gate_up_elements * a_RC.element_size())
-    needed = a_RC.shape[0] * width * a_RC.element_size()
-    if needed <= allowed:
-        return width
-    chunks = -(-needed // allowed)
     return min(width, -(-width // (chunks * _CHUNK_COLUMNS)) * _CHUNK_COLUMNS)
 
 
@@ -324,41 +349,38 @@ def _d_activation(ctx, d_out_TD, w_EDI, h_RN, weights_TK, plan):
     return a_scaled_RI, d_weights_TK
 
 
-def _d_w_down(d_out_TD, a_scaled_RI, plan, w_EDI) -> Tensor:
-    return _wgrad(d_out_TD, a_scaled_RI, plan, w_EDI, gather="lhs")[0]
-
-
-def _wgrad(lhs, rhs, plan, w, *, gather, sum_lhs=False) -> tuple[Tensor, Tensor | None]:
+def _wgrad(lhs, rhs, plan, w, *, gather, sum_lhs=False, node=None) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of ``w`` [E, lhs columns, rhs columns] and perhaps the sums of lhs rows.
 
-    A weight that is stored transposed gets its gradient stored so: ``.grad`` then takes it without a copy.
+    A weight that is stored transposed gets its gradient stored so: ``.grad`` then takes it without a copy. Given the
+    ``node`` that takes the gradient, it is added to a ``.grad`` that is there, and there is none for autograd.
     """
     transposed = w.stride(2) != 1 and w.stride(1) == 1
     if transposed:
         lhs, rhs, gather = rhs, lhs, {"lhs": "rhs", "rhs": "lhs"}[gather]
-    dw, sums = torch.ops.moe_kernels.grouped_wgrad(
-        lhs, rhs, plan.offsets_E1, plan.slots_R, plan.top_k, gather, sum_lhs and not transposed, w.dtype
-    )
+    sides = lhs, rhs, plan.offsets_E1, plan.slots_R, plan.top_k, gather
+    into = None if node is None else _accumulate_grad.buffer(w, node, lhs.dtype, transposed)
+    if into is not None:
+        torch.ops.moe_kernels.grouped_wgrad_(*sides, into)
+        _accumulate_grad.added(into)
+        return None, row_sums(rhs if transposed else lhs, plan, w.dtype) if sum_lhs else None
+    dw, sums = torch.ops.moe_kernels.grouped_wgrad(*sides, sum_lhs and not transposed, w.dtype)
     if not transposed:
         return dw, sums
     return dw.mT, row_sums(rhs, plan, w.dtype) if sum_lhs else None
 
 
-def _d_weights(d_weights_TK, d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
-    if bias_ED is not None:
-        d_weights_TK = d_weights_TK + _down_bias_in_d_weights(d_out_TD, bias_ED, plan)
-    return cast(d_weights_TK, weights_TK.dtype)
-
-
-def _d_gate_up(dh_RN, x_TD, w_E2ID, plan, dtype, needs_x, needs_w, needs_bias) -> tuple:
-    """dX, dW_gate_up and its bias's gradient, from dH."""
+def _d_gate_up(dh_RN, x_TD, w_E2ID, plan, how, needs_x, needs_w, needs_bias, *, node=None, adds=False) -> tuple:
+    """dX, dW_gate_up and its bias's gradient, from dH; ``adds``: a compiled graph that adds dW_gate_up to ``.grad``."""
     dx_TD = dw_E2ID = d_bias_E2I = None
     if needs_x:
         inner = w_E2ID.shape[1]
-        dx_TD = _row_product_and_sum(dh_RN, cast(w_E2ID, dtype), None, None, plan, inner, trans_w=False)
-    if needs_w:
-        dw_E2ID, d_bias_E2I = _wgrad(dh_RN, x_TD, plan, w_E2ID, gather="rhs", sum_lhs=needs_bias)
-    elif needs_bias:
+        dx_TD = _row_product_and_sum(dh_RN, cast(w_E2ID, how.dtype), None, None, plan, inner, how, trans_w=False)
+    if adds:
+        torch.ops.moe_kernels.add_to_grad_(dx_TD, dh_RN, x_TD, *plan[:2], plan.top_k, "rhs", w_E2ID)
+    elif needs_w:
+        dw_E2ID, d_bias_E2I = _wgrad(dh_RN, x_TD, plan, w_E2ID, gather="rhs", sum_lhs=needs_bias, node=node)
+    if needs_bias and d_bias_E2I is None:
         d_bias_E2I = row_sums(dh_RN, plan, w_E2ID.dtype)
     return dx_TD, dw_E2ID, d_bias_E2I if needs_bias else None
 
@@ -385,31 +407,3 @@ _CONSUMED = (
     "moe_experts: a second backward over the same graph: the first one wrote its gradient over the saved "
     'pre-activation. Run the forward again, or pass recompute="pre_activation", whose graph may be used more than once.'
 )
-
-
-def _expert_TK(plan: RoutingPlan) -> Tensor:
-    """The expert of each slot; E for a dropped one."""
-    # Not searchsorted: compiled by inductor it ignores that offsets[1:] starts at an offset (torch 2.11, on a GPU).
-    expert_TK = (plan.positions_TK[..., None] >= plan.offsets_E1[1:]).sum(-1)
-    return torch.where(plan.positions_TK < 0, plan.num_experts, expert_TK)
-
-
-def _down_bias_in_d_weights(d_out_TD, bias_ED, plan) -> Tensor:
-    """<dO[t], b[e]> for each slot: the bias is part of what the routing weight multiplies."""
-    acc = torch.promote_types(d_out_TD.dtype, torch.float32)
-    with without_autocast(d_out_TD.device.type):
-        dots_TE = d_out_TD.to(acc) @ bias_ED.to(acc).T
-    dots_TE1 = torch.nn.functional.pad(dots_TE, (0, 1))
-    return dots_TE1.gather(1, _expert_TK(plan))
-
-
-def _d_down_bias(d_out_TD, weights_TK, bias_ED, plan) -> Tensor:
-    """sum over the rows of e of s * dO, as a product with the [T, E] matrix of routing weights."""
-    acc = torch.promote_types(d_out_TD.dtype, torch.float32)
-    experts_E = torch.arange(plan.num_experts, device=d_out_TD.device)
-    expert_TK = _expert_TK(plan)
-    weights_TE = d_out_TD.new_zeros((d_out_TD.shape[0], plan.num_experts), dtype=acc)
-    for k in range(plan.top_k):  # adds in a fixed order, where a scatter of repeated ids would not
-        weights_TE += torch.where(expert_TK[:, k, None] == experts_E, weights_TK[:, k, None].to(acc), 0)
-    with without_autocast(d_out_TD.device.type):
-        return (weights_TE.T @ d_out_TD.to(acc)).to(bias_ED.dtype)

@@ -23,6 +23,8 @@ class Experts(nn.Module):
         transposed: keep the weights as [E, in, out]. gpt-oss does both.
         bias: add biases to both products.
         recompute: None, or "pre_activation" to save only the input and make the pre-activation again in the backward.
+        accumulate_grad: add the gradients of the weights to a ``.grad`` that is there already in the products that make
+            them, see :func:`functional.moe_experts`.
         device, dtype: of the parameters.
 
     Parameters (the layouts of Hugging Face Transformers v5):
@@ -48,6 +50,7 @@ class Experts(nn.Module):
         transposed: bool = False,
         bias: bool = False,
         recompute: str | None = None,
+        accumulate_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,6 +60,7 @@ class Experts(nn.Module):
         one_of("Experts", "recompute", recompute, RECOMPUTE)
         self.hidden_size, self.intermediate_size, self.num_experts = hidden_size, intermediate_size, num_experts
         self.activation, self.alpha, self.limit, self.recompute = activation, alpha, limit, recompute
+        self.accumulate_grad = accumulate_grad
         self.interleaved, self.transposed = interleaved, transposed
         gated = is_gated(activation)
         self._up_name = "gate_up_proj" if gated else "up_proj"
@@ -103,12 +107,13 @@ class Experts(nn.Module):
             bias_gate_up_E2I=getattr(self, f"{self._up_name}_bias"),
             bias_down_ED=self.down_proj_bias,
             recompute=self.recompute,
+            accumulate_grad=self.accumulate_grad,
         )
 
     def extra_repr(self) -> str:
         text = f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
         text += f"num_experts={self.num_experts}, activation={self.activation}, bias={self.down_proj_bias is not None}"
-        for name, default in (("alpha", None), ("limit", None), ("interleaved", False), ("transposed", False)):
-            if getattr(self, name) != default:
+        for name in ("alpha", "limit", "interleaved", "transposed", "recompute", "accumulate_grad"):
+            if getattr(self, name) not in (None, False):
                 text += f", {name}={getattr(self, name)}"
-        return text if self.recompute is None else f"{text}, recompute={self.recompute}"
+        return text

@@ -18,7 +18,7 @@ class MoE(nn.Module):
         top_k: K, experts per token.
         activation, alpha, limit: of the experts and the shared expert, see :class:`Experts`.
         shared_intermediate_size: width of the shared expert; None for no shared expert.
-        recompute: see :class:`Experts`.
+        recompute, accumulate_grad: see :class:`Experts`.
         device, dtype: of the parameters.
         router_options: those of :class:`TopKRouter`, ``scoring`` and so on.
 
@@ -38,6 +38,7 @@ class MoE(nn.Module):
         limit: float | None = None,
         shared_intermediate_size: int | None = None,
         recompute: str | None = None,
+        accumulate_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **router_options,
@@ -47,7 +48,8 @@ class MoE(nn.Module):
         how = {"activation": activation, "alpha": alpha, "limit": limit}
         self.hidden_size = hidden_size
         self.router = TopKRouter(hidden_size, num_experts, top_k, **router_options, **where)
-        self.experts = Experts(hidden_size, intermediate_size, num_experts, recompute=recompute, **how, **where)
+        memory = {"recompute": recompute, "accumulate_grad": accumulate_grad}
+        self.experts = Experts(hidden_size, intermediate_size, num_experts, **memory, **how, **where)
         self.shared_expert = None
         if shared_intermediate_size is not None:
             positive("MoE", shared_intermediate_size=shared_intermediate_size)

@@ -16,8 +16,12 @@ from moe_kernels.ops import (  # noqa: F401  imported for their torch.library de
     unpermute,
 )
 
-# Selective checkpointing may be told to save an op's outputs and to skip it in the recomputation. These two have none:
-# they write into an argument, and skipping them would leave it unwritten.
+# Selective checkpointing may be told to save an op's outputs and to skip it in the recomputation. Not these: they write
+# into an argument, and skipping them would leave it unwritten.
 torch.utils.checkpoint.SAC_IGNORED_OPS.update(
-    (torch.ops.moe_kernels.combine.default, torch.ops.moe_kernels.d_activation_.default)
+    (
+        torch.ops.moe_kernels.combine.default,
+        torch.ops.moe_kernels.d_activation_.default,
+        torch.ops.moe_kernels.grouped_wgrad_.default,
+    )
 )

@@ -152,7 +152,8 @@ def arguments(op: str, variant: Variant) -> tuple:
         case "grouped_wgrad":
             gather = next((f for f in ("lhs", "rhs") if f in variant.flags), "none")
             sides = floats(T if gather == "lhs" else R, d), floats(T if gather == "rhs" else R, i)
-            return *sides, offsets, slots, K, gather, plain, torch.float32 if plain else dtype
+            options = gather, plain, torch.float32 if plain else dtype
+            return *sides, offsets, slots, K, *options, floats(E, d, i) if "accumulate" in variant.flags else None
     raise ValueError(op)
 
 
@@ -169,6 +170,7 @@ def variants(op: str, capability: tuple[int, int], every_row: bool) -> list[Vari
         sides = [Variant(bf16, 0, frozenset({side})) for side in ("lhs", "rhs")]
         more = [
             Variant(bf16, 0, frozenset({"plain", "uneven"})),
+            Variant(bf16, 0, frozenset({"rhs", "accumulate", "uneven"})),
             Variant(bf16, 0, frozenset({"lhs", "plain", "uneven"})),
             Variant(torch.float16, 0, frozenset({"lhs"})),
             *(Variant(torch.float32, 0, frozenset({side})) for side in ("lhs", "rhs")),

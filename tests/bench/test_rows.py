@@ -282,3 +282,5 @@ def test_compile_rows(session, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, fullgraph: compile_(module, fullgraph=True, backend="eager"))
     row = extra.run_compile(session, TINY)[1]
     assert (row["step_ms"], row["over_eager"], row["peak_over_eager"]) == (7, 0.75, 1)
+    row = extra.run_compile_accumulate(session, TINY)[1]
+    assert (row["step_ms"], row["over_eager"], row["peak_over_eager"], row["peak_over_plain_eager"]) == (7, 0.75, 1, 1)

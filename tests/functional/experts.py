@@ -19,7 +19,7 @@ def inputs_of(p, bias=True, frozen=()):
     return {name: getattr(p, name).detach().clone().requires_grad_(name not in frozen) for name in names}
 
 
-def run(p, inputs, recompute=None, plan=None):
+def run(p, inputs, recompute=None, plan=None, **options):
     return moe_experts(
         inputs["x"],
         inputs["weights"],
@@ -30,6 +30,7 @@ def run(p, inputs, recompute=None, plan=None):
         bias_gate_up_E2I=inputs.get("bias_gate_up"),
         bias_down_ED=inputs.get("bias_down"),
         recompute=recompute,
+        **options,
         **dict(zip(("alpha", "limit", "interleaved"), p.case.options)),
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_kernels import backends
 from tests import helpers
-from tests.helpers import Case, Problem, assert_close
+from tests.helpers import Case, Problem, assert_close, bitwise_equal
 
 ops = torch.ops.moe_kernels
 BF16 = torch.bfloat16
@@ -31,6 +31,7 @@ class How(NamedTuple):
     wgrad_dtype: torch.dtype = BF16
     sums: bool = False  # each weight gradient with the sums of its lhs
     ungathered: bool = False  # a weight gradient of rows that lie in expert order, too
+    accumulate: bool = False  # each weight gradient added to numbers that are there, too
 
 
 def _wgrads(p: Problem, how: How, x: Tensor, d_out: Tensor, h: Tensor, a: Tensor, y: Tensor) -> list[tuple]:
@@ -61,7 +62,16 @@ def products(p: Problem, how: How = How()) -> dict[str, Tensor]:  # noqa: B008  
     for name, lhs, rhs, gather in _wgrads(p, how, p.x, p.d_out, p.h, p.a, p.y):
         dw, db = ops.grouped_wgrad(lhs, rhs, offsets, slots, K, gather, how.sums, how.wgrad_dtype)
         results |= {f"d{name}": dw, f"sums of d{name}": db} if how.sums else {f"d{name}": dw}
+        if how.accumulate:
+            into = there(dw)
+            ops.grouped_wgrad_(lhs, rhs, offsets, slots, K, gather, into)
+            results[f"d{name} added"] = into
     return results
+
+
+def there(dw: Tensor) -> Tensor:
+    """Numbers that a weight gradient is added to, the same every time."""
+    return torch.linspace(-2, 2, dw.numel()).view(dw.shape).to(dw.dtype).to(dw.device)
 
 
 def formulas(p: Problem, how: How, x, d_out, w_gate_up, w_down, h, a, y, weights, bias, bias_down) -> dict[str, Tensor]:
@@ -88,6 +98,10 @@ def check_results(p: Problem, how: How, ours: dict[str, Tensor]) -> None:
     inputs = (p.x, p.d_out, p.w_gate_up, p.w_down, p.h, p.a, p.y, p.weights.to(how.weights_dtype), *biases)
     truth, plain = formulas(p, how, *helpers.doubled(*inputs)), formulas(p, how, *inputs)
     for name, result in ours.items():
+        if name.endswith(" added"):
+            dw = ours[name.removesuffix(" added")]
+            assert bitwise_equal(result, there(dw) + dw), name
+            continue
         if name == "dS" or (name.startswith("dW") and result.dtype != BF16):
             # Stored in fp32 but products of half-precision data; and tensor cores drop low bits of a sum over many
             # rows: compared in the dtype of the data

@@ -51,12 +51,15 @@ def back(result: Tensor) -> Tensor:
 
 # The products of a layer
 
-EVERYTHING = How(bias=True, bias_down=True, over_h=True, sums=True, ungathered=True)
+EVERYTHING = How(bias=True, bias_down=True, over_h=True, sums=True, ungathered=True, accumulate=True)
 HOPPER = [
     (Case(1, 1, 1, 64, 8), How()),  # one row, one step, one piece of a chunk; a pair with an unused tile
     (Case(129, 1, 1, 128, 64), EVERYTHING),  # one row in the second tile of a pair
     (Case(64, 1, 1, 192, 256), How(transposed=True)),  # the second consumer has no rows
-    (Case(260, 2, 3, 320, 136), How(wgrad_dtype=FP32, sums=True)),  # pairs of two experts, columns past a tile
+    (
+        Case(260, 2, 3, 320, 136),
+        How(wgrad_dtype=FP32, sums=True, accumulate=True),
+    ),  # pairs of two experts, columns past a tile
     (Case(60, 4, 40, 256, 72), How(transposed=True, ungathered=True)),  # most experts less than a tile
     (Case(150, 2, 6, 128, 136, routing="all_to_one"), EVERYTHING),
     (Case(150, 2, 9, 128, 72, routing="empty"), EVERYTHING._replace(wgrad_dtype=FP32)),

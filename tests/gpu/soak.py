@@ -105,6 +105,7 @@ def _draw_hopper(r: random.Random) -> HopperCase:
         wgrad_dtype=r.choice((BF16, FP32)),
         sums=_coin(r),
         ungathered=_coin(r),
+        accumulate=_coin(r),
     )
     return HopperCase(case, how)
 

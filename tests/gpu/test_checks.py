@@ -28,8 +28,8 @@ def test_a_soak_has_everything_in_it():
     switches = (helpers.LAYOUTS, (False, True), (False, True), ("both", "h", "a"))
     assert of_a_call == {(*layout, *rest) for layout, *rest in itertools.product(*switches)}
     assert {c.routing for c in cases} == set(helpers.SKEWED)
-    assert {(w.wgrad_dtype, w.sums, w.ungathered) for w in ways} == set(
-        itertools.product((torch.bfloat16, torch.float32), (False, True), (False, True))
+    assert {(w.wgrad_dtype, w.sums, w.ungathered, w.accumulate) for w in ways} == set(
+        itertools.product((torch.bfloat16, torch.float32), *[(False, True)] * 3)
     )
     assert {w.weights_dtype for w in ways} == {torch.bfloat16, torch.float32, torch.float16}
     assert {c.T % 128 for c in cases} >= {0, 1, 127} and min(c.T for c in cases) == 1

@@ -184,6 +184,31 @@ def test_weight_gradients_with_row_sums(case, gather, dtype, poison):
     assert all(map(bitwise_equal, again, found)), "a rerun"
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("gather", ["none", "lhs", "rhs"])
+@pytest.mark.parametrize("case", [*CASES, *TALL_TILES, WIDE, *MANY_TILES], ids=str)
+def test_accumulated_weight_gradients(case, gather, dtype, poison):
+    """Each element is added to once, with the rounding of torch's own addition; nothing beside them is touched."""
+    p = Problem(case, "cuda", BF16)
+    lhs, rhs = {"none": (p.y, p.a), "lhs": (p.d_out, p.a), "rhs": (p.h, p.x)}[gather]
+    rest = (*p.plan[:2], case.K, gather)
+    dw, _ = ops.grouped_wgrad(lhs, rhs, *rest, False, dtype)
+    memory = torch.randn(dw.numel() + 1024, device="cuda").to(dtype)
+    expected = memory.clone()
+    expected[512:-512] += dw.flatten()
+    ops.grouped_wgrad_(lhs, rhs, *rest, memory[512:-512].view_as(dw))
+    assert bitwise_equal(memory, expected)
+
+
+def test_accumulation_leaves_empty_experts_alone(poison):
+    p = Problem(Case(300, 2, 9, 128, 72, routing="empty", block_m=128), "cuda", BF16)
+    into = torch.full((9, 144, 128), torch.nan, device="cuda", dtype=BF16)
+    empty = p.plan.tokens_per_expert_E == 0
+    into[~empty] = 0
+    ops.grouped_wgrad_(p.h, p.x, *p.plan[:2], p.case.K, "rhs", into)
+    assert into[empty].isnan().all() and into[~empty].isfinite().all()
+
+
 def test_empty_experts_get_zeros(poison):
     p = Problem(Case(300, 2, 9, 128, 72, routing="empty", block_m=128), "cuda", BF16)
     empty = p.plan.tokens_per_expert_E == 0

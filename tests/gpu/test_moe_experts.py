@@ -223,3 +223,131 @@ def test_compiled_with_the_kernels(backend):
     out = torch.compile(whole, fullgraph=True, backend=backend)(p.indices, *inputs)
     for ours, eager in zip([out, *torch.autograd.grad(out, inputs, p.d_out)], expected):
         assert_close(ours, eager.double(), eager)
+
+
+# accumulate_grad
+
+WEIGHTS = (2, 3)  # of NAMES
+
+
+def accumulated(p, inputs, transposed=False, **options):
+    """``.grad`` of all leaves after three micro-steps."""
+    for i in range(3):
+        used = [t.mT if transposed and j in WEIGHTS else t for j, t in enumerate(inputs)]
+        x, weights, w_gate_up, w_down, bias_gate_up, bias_down = used
+        biases = {"bias_gate_up_E2I": bias_gate_up, "bias_down_ED": bias_down}
+        out = moe_experts(x, weights, p.plan, w_gate_up, w_down, activation=p.case.activation, **biases, **options)
+        out.backward(p.d_out * (i + 1))
+    torch.cuda.synchronize()
+    return [t.grad for t in inputs]
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["as-is", "transposed"])
+@BOTH
+@DTYPES
+def test_accumulation_gives_the_bits_of_autograds(dtype, recompute, transposed, poison):
+    p = Problem(MEDIUM, "cuda", dtype)
+    both = []
+    for accumulate_grad in (True, False):
+        inputs = leaves(p)
+        for j in WEIGHTS if transposed else ():
+            inputs[j] = inputs[j].detach().mT.contiguous().requires_grad_()
+        both.append(accumulated(p, inputs, transposed, recompute=recompute, accumulate_grad=accumulate_grad))
+    assert_accumulated(*both)
+
+
+def assert_accumulated(found, expected):
+    for name, ours, autograds in zip(NAMES, found, expected, strict=True):
+        if name == "bias_gate_up":  # a column sum, made beside the product or alone
+            assert_close(ours, autograds.double(), autograds, name)
+        else:
+            assert bitwise_equal(ours, autograds), name
+
+
+def test_accumulation_allocates_nothing_of_the_weights_size():
+    p = Problem(Case(256, 2, 64, 1024, 512, block_m=16), "cuda", torch.bfloat16)
+    inputs = leaves(p)
+    accumulated(p, inputs, accumulate_grad=True)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    accumulated(p, inputs, accumulate_grad=True)
+    assert torch.cuda.max_memory_allocated() - before < p.w_down.nbytes / 2
+
+
+def test_accumulation_on_a_side_stream():
+    """Whoever calls backward on another stream finds the sums there."""
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    expected = accumulated(p, leaves(p), accumulate_grad=False)
+    inputs, side = leaves(p), torch.cuda.Stream()
+    accumulated(p, inputs, accumulate_grad=True)
+    for t in inputs:
+        t.grad.zero_()
+    for i in range(3):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            out = moe_experts(
+                *inputs[:2],
+                p.plan,
+                *inputs[2:4],
+                activation=p.case.activation,
+                bias_gate_up_E2I=inputs[4],
+                bias_down_ED=inputs[5],
+                accumulate_grad=True,
+            )
+        torch.cuda.current_stream().wait_stream(side)
+        out.backward(p.d_out * (i + 1))
+    found = [t.grad.clone() for t in inputs]
+    torch.cuda.synchronize()
+    assert_accumulated(found, expected)
+
+
+def test_accumulation_in_a_cuda_graph():
+    """Each replay adds to the ``.grad`` that was there at the capture."""
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+    inputs = leaves(p)
+    accumulated(p, inputs, accumulate_grad=True)
+
+    def add():
+        x, weights, w_gate_up, w_down, *_ = inputs
+        out = moe_experts(x, weights, p.plan, w_gate_up, w_down, activation=p.case.activation, accumulate_grad=True)
+        out.backward(p.d_out)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        add()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        add()
+    for t in inputs:
+        t.grad.zero_()
+    for _ in range(2):
+        graph.replay()
+    replayed = [t.grad.clone() for t in inputs]
+    for t in inputs:
+        t.grad.zero_()
+    for _ in range(2):
+        add()
+    assert all(bitwise_equal(a, t.grad) for a, t in zip(replayed, inputs, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_accumulation(backend):
+    p = Problem(MEDIUM, "cuda", torch.bfloat16)
+
+    def whole(x, weights, w_gate_up, w_down, accumulate_grad):
+        how = {"activation": p.case.activation, "accumulate_grad": accumulate_grad}
+        return moe_experts(x, weights, p.plan, w_gate_up, w_down, **how)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(whole, fullgraph=True, backend=backend)
+    both = []
+    for run, accumulate_grad in ((compiled, True), (whole, False)):
+        inputs = leaves(p)[:4]
+        for _ in range(3):
+            run(*inputs, accumulate_grad).backward(p.d_out)
+        both.append([t.grad for t in inputs])
+    for ours, eager in zip(*both, strict=True):
+        assert_close(ours, eager.double(), eager)

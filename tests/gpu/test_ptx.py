@@ -170,10 +170,26 @@ def test_tma_store(run, dtype, corner):
     x, memory = tensor(dtype)
     box = torch.randn(2, 16, 128 // x.element_size(), device="cuda").to(dtype)
     address, *shape = tensor_map(x)
-    run("tma_store", address, box, *shape, *corner)
+    run("tma_store", address, box, *shape, *corner, False)
     expected = torch.full_like(memory, NAN)
     inside = expected.as_strided(SIZES, STRIDES)[c2 : c2 + 2, c1 : c1 + 16, c0 : c0 + box.shape[2]]
     inside.copy_(box[tuple(map(slice, inside.shape))])
+    assert_same(memory, expected)
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=str)
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_tma_add(run, dtype, corner):
+    """A box added to what is there, rounded once; what is outside, and what lies between the rows, stays."""
+    c0, c1, c2 = corner
+    x, memory = tensor(dtype)
+    memory.copy_(torch.randn(memory.shape, device="cuda"))
+    box = torch.randn(2, 16, 128 // x.element_size(), device="cuda").to(dtype)
+    expected = memory.clone()
+    inside = expected.as_strided(SIZES, STRIDES)[c2 : c2 + 2, c1 : c1 + 16, c0 : c0 + box.shape[2]]
+    inside.add_(box[tuple(map(slice, inside.shape))])
+    address, *shape = tensor_map(x)
+    run("tma_store", address, box, *shape, *corner, True)
     assert_same(memory, expected)
 
 

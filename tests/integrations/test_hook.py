@@ -194,6 +194,59 @@ def test_unknown_recompute(call, disabled):
         call(recompute="everything")
 
 
+# accumulate_grad
+
+
+def accumulated(model):
+    """Loss and gradients of two micro-steps."""
+    first = loss_and_gradients(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "zero_grad", lambda: None)
+        loss, gradients = loss_and_gradients(model)
+    return first[0] + loss, gradients
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])  # gpt-oss stores its weights transposed
+def test_accumulate_grad(family, checkpointing, enabled, op_counter):
+    model = make_model(family).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    expected = accumulated(model)
+    layers = len(moe_kernels.report(model).layers)
+    moe_kernels.patch(model, accumulate_grad=True)
+    pickled = [] if checkpointing is not None else [pickle.loads(pickle.dumps(model))]
+    for clone in (model, copy.deepcopy(model), *pickled):
+        op_counter.calls.clear()
+        with op_counter:
+            assert_same(accumulated(clone), expected)
+        assert op_counter.calls["grouped_wgrad_"] == 2 * layers
+        assert all(row.accumulate_grad for row in moe_kernels.report(clone).layers)
+    assert "moe_kernels, accumulate_grad" in str(moe_kernels.report(model))
+
+
+def test_accumulate_grad_of_all_models_or_of_one(enabled):
+    one, other = make_model("qwen3_moe"), make_model("qwen3_moe")
+
+    def on(model):
+        return {row.accumulate_grad for row in moe_kernels.report(model).layers}
+
+    moe_kernels.patch(one, accumulate_grad=True)
+    assert on(one) == {True} and on(other) == {False}
+    moe_kernels.patch(one)
+    assert on(one) == {False}
+    moe_kernels.enable(accumulate_grad=True)
+    assert on(one) == on(other) == {True}
+    moe_kernels.enable()
+    assert on(one) == on(other) == {False}
+
+
+@pytest.mark.parametrize("call", [moe_kernels.enable, lambda **kw: moe_kernels.patch(torch.nn.Linear(1, 1), **kw)])
+def test_accumulate_grad_is_a_bool(call, disabled):
+    with pytest.raises(TypeError, match="accumulate_grad must be True or False, got 'yes'"):
+        call(accumulate_grad="yes")
+
+
 # Traces
 
 
@@ -282,9 +335,9 @@ def test_auto_enables_and_keeps_earlier_options():
     code = (
         "import moe_kernels; moe_kernels.enable(recompute='pre_activation'); import moe_kernels.auto;"
         "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as f;"
-        "assert f['moe_kernels'].keywords == {'recompute': 'pre_activation'};"
+        "assert f['moe_kernels'].keywords == {'recompute': 'pre_activation', 'accumulate_grad': False};"
         "moe_kernels.disable(); import importlib; importlib.reload(moe_kernels.auto);"
-        "assert f['moe_kernels'].keywords == {'recompute': None}"
+        "assert f['moe_kernels'].keywords == {'recompute': None, 'accumulate_grad': False}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

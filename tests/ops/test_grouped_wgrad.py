@@ -100,6 +100,32 @@ def test_strided_inputs(target):
             assert_close(ours, contiguous.double(), contiguous, name)
 
 
+@pytest.mark.parametrize("float32", [False, True], ids=["same-dtype", "float32"])
+@pytest.mark.parametrize("gather", ["none", "lhs", "rhs"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accumulation(target, case, gather, float32, poison):
+    """What autograd does with a gradient: it is rounded, then added with one more rounding."""
+    p = Problem(case, target.device, target.dtype)
+    (lhs, rhs), _ = sides(p, gather)
+    dtype = torch.float32 if float32 else target.dtype
+    into = torch.randn(case.E, lhs.shape[1], rhs.shape[1], device=target.device).to(dtype)
+    expected = into + run(p, lhs, rhs, gather, False, dtype)[0]
+    arguments = p.plan.offsets_E1, p.plan.slots_R, case.K, gather, into
+    assert torch.ops.moe_kernels.grouped_wgrad_(lhs, rhs, *arguments) is None
+    assert bitwise_equal(into, expected)
+
+
+def test_accumulation_into_a_slice_of_a_flat_buffer(target):
+    """Which begins where it happens to."""
+    p = Problem(CASES[3], target.device, target.dtype)
+    (lhs, rhs), _ = sides(p, "lhs")
+    dw = run(p, lhs, rhs, "lhs", False)[0]
+    flat = torch.zeros(dw.numel() + 2, device=target.device, dtype=target.dtype)
+    into = flat[1:-1].view_as(dw)
+    torch.ops.moe_kernels.grouped_wgrad_(lhs, rhs, p.plan.offsets_E1, p.plan.slots_R, p.case.K, "lhs", into)
+    assert bitwise_equal(into, dw) and not flat[[0, -1]].any()
+
+
 @pytest.mark.parametrize("gather", ["lhs", "rhs"])
 def test_rerun_is_bitwise_equal(target, gather):
     p = Problem(CASES[4], target.device, target.dtype)

@@ -61,4 +61,6 @@ def test_fake_of_a_left_out_output(activation, store_h, store_a):
 
 def test_every_op_of_the_library_is_checked_here():
     names = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeExplicitAutograd")
-    assert {n.partition("::")[2] for n in names if n.startswith("moe_kernels::")} == set(OPS)
+    # add_to_grad_ has a weight's .grad for its output: tests/functional/test_accumulate_grad_compile.py
+    ours = {n.partition("::")[2] for n in names if n.startswith("moe_kernels::")}
+    assert ours - {"add_to_grad_"} == set(OPS)

@@ -58,6 +58,7 @@ _HOPPER_TRAITS = {
     ("grouped_wgrad", "float32 result"),
     ("grouped_wgrad", "gather none"),
     ("grouped_wgrad", "row sums"),
+    ("grouped_wgrad", "accumulation"),
 }
 
 

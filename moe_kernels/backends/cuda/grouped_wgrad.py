@@ -21,10 +21,14 @@ def grouped_wgrad(
     gather: str,
     sum_lhs: bool,
     out_dtype: torch.dtype,
+    into_EMN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     experts, m, n, rows = offsets_E1.shape[0] - 1, lhs.shape[1], rhs.shape[1], slots_R.shape[0]
     make = lhs.new_empty if rows else lhs.new_zeros
-    dw_EMN = make((experts, m, n), dtype=out_dtype)
+    if into_EMN is not None and into_EMN.data_ptr() % 16:  # a slice of a flat buffer: the copy engine can't write there
+        dw_EMN, db_EM = grouped_wgrad(lhs, rhs, offsets_E1, slots_R, top_k, gather, sum_lhs, out_dtype)
+        return into_EMN.add_(dw_EMN), db_EM
+    dw_EMN = make((experts, m, n), dtype=out_dtype) if into_EMN is None else into_EMN
     db_EM = make((experts if sum_lhs else 0, m), dtype=out_dtype)
     if rows == 0:
         return dw_EMN, db_EM
@@ -47,6 +51,7 @@ def grouped_wgrad(
             m=m,
             n=n,
             gather_lhs=gather == "lhs",
+            accumulate=into_EMN is not None,
             plan=plan(gather != "none"),
         )
     if sum_lhs:

@@ -14,6 +14,7 @@ def grouped_wgrad(
     gather: str,
     sum_lhs: bool,
     out_dtype: torch.dtype,
+    into_EMN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     counts = rows_per_expert(offsets_E1)
     tokens_R = slots_R[: sum(counts)] // max(top_k, 1)
@@ -27,4 +28,5 @@ def grouped_wgrad(
     if sum_lhs:
         for a, db in zip(left.to(accumulator(lhs.dtype)).split(counts), db_EM.unbind()):
             db.copy_(a.sum(0))
-    return dw_EMN.to(out_dtype), db_EM
+    dw_EMN = dw_EMN.to(out_dtype)
+    return dw_EMN if into_EMN is None else into_EMN.add_(dw_EMN), db_EM

@@ -1,6 +1,6 @@
 """grouped_wgrad: dW[e] = sum over the rows r of expert e of lhs(r)^T . rhs(r), one side gathered by token or none.
 
-    lhs [R or T, M], rhs [R or T, N] -> dW [E, M, N] (and db [E, M] = sum of lhs)
+    lhs [R or T, M], rhs [R or T, N] -> dW [E, M, N] (and db [E, M] = sum of lhs), or added to a dW that is there
 
 Tiling: a program makes one [BLOCK_M, BLOCK_N] tile of one expert's gradient and walks that expert's rows BLOCK_K at a
 time. The contiguous side comes by descriptor, the gathered side by pointer loads through slots. The last, ragged step
@@ -51,6 +51,7 @@ def grouped_wgrad_kernel(
     GATHER_LHS: tl.constexpr,
     GATHER_RHS: tl.constexpr,
     SUM_LHS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # onto what dW holds
     EVEN: tl.constexpr,  # of the gathered side: its width is whole tiles
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -107,7 +108,10 @@ def grouped_wgrad_kernel(
 
         mask = (o_m < M)[:, None] & (o_n < N)[None, :]
         p_dw = dw_ptr + expert.to(tl.int64) * M * N + o_m.to(tl.int64)[:, None] * N + o_n[None, :]
-        tl.store(p_dw, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+        dw = acc.to(dw_ptr.dtype.element_ty)
+        if ACCUMULATE:
+            dw = (tl.load(p_dw, mask=mask).to(tl.float32) + dw.to(tl.float32)).to(dw_ptr.dtype.element_ty)
+        tl.store(p_dw, dw, mask=mask)
         if SUM_LHS:  # noqa: SIM102  a compile-time branch around a run-time one
             if i_n == 0:
                 p_db = db_ptr + expert.to(tl.int64) * M + o_m
@@ -123,14 +127,15 @@ def grouped_wgrad(
     gather: str,
     sum_lhs: bool,
     out_dtype: torch.dtype,
+    into_EMN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     experts, m, n = offsets_E1.shape[0] - 1, lhs.shape[1], rhs.shape[1]
     if slots_R.shape[0] == 0:
         return (
-            lhs.new_zeros((experts, m, n), dtype=out_dtype),
+            lhs.new_zeros((experts, m, n), dtype=out_dtype) if into_EMN is None else into_EMN,
             lhs.new_zeros((experts if sum_lhs else 0, m), dtype=out_dtype),
         )
-    dw_EMN = lhs.new_empty((experts, m, n), dtype=out_dtype)
+    dw_EMN = lhs.new_empty((experts, m, n), dtype=out_dtype) if into_EMN is None else into_EMN
     if n == 0:  # the sums alone: a product with a column of ones (eight, the narrowest)
         ones = rhs.new_ones(rhs.shape[0], 8)
         sums, nothing = grouped_wgrad(lhs, ones, offsets_E1, slots_R, top_k, gather, False, out_dtype)
@@ -162,6 +167,7 @@ def grouped_wgrad(
                 "GATHER_LHS": gather == "lhs",
                 "GATHER_RHS": gather == "rhs",
                 "SUM_LHS": sum_lhs,
+                "ACCUMULATE": into_EMN is not None,
                 "EVEN": (m % config.block_m if gather == "lhs" else n % config.block_n) == 0,
                 "PRECISION": input_precision(lhs.dtype),
                 "BLOCK_M": config.block_m,

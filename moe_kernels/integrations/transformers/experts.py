@@ -63,8 +63,9 @@ _UNKNOWN = "unknown"  # in the place of a fingerprint
 #: Attributes that the gates above read, in the order of ``Facts.numbers``.
 _NUMBERS = ("alpha", "limit", "swiglu_alpha", "swiglu_limit")
 
-#: Name of the attribute with which ``patch(model, recompute=...)`` marks an experts module.
+#: Names of the attributes with which ``patch(model, recompute=..., accumulate_grad=...)`` marks an experts module.
 RECOMPUTE_ATTRIBUTE = "_moe_kernels_recompute"
+ACCUMULATE_GRAD_ATTRIBUTE = "_moe_kernels_accumulate_grad"
 _PLAN_ATTRIBUTE = "_moe_kernels_plan"  # of a tensor of indices
 
 
@@ -108,6 +109,7 @@ def moe_kernels_experts_forward(
     top_k_weights: Tensor,
     *args,
     recompute: str | None = None,
+    accumulate_grad: bool = False,
     residual_TD: Tensor | None = None,
     **kw,
 ) -> Tensor:
@@ -118,7 +120,7 @@ def moe_kernels_experts_forward(
         hidden_states: [T, D].
         top_k_index: [T, K]; ids below 0 or >= the number of experts here mean "no expert".
         top_k_weights: [T, K].
-        recompute: for modules that :func:`patch` gave none of their own.
+        recompute, accumulate_grad: for modules that :func:`patch` gave none of their own.
         residual_TD: [T, D], added to the result: our blocks pass their shared expert's output.
 
     Returns:
@@ -160,6 +162,7 @@ def moe_kernels_experts_forward(
         bias_down_ED=bias_down,
         residual_TD=residual_TD if joins else None,
         recompute=_attribute(self, RECOMPUTE_ATTRIBUTE, recompute),
+        accumulate_grad=_attribute(self, ACCUMULATE_GRAD_ATTRIBUTE, accumulate_grad),
     )
     out = cast(out, hidden_states.dtype)
     return out if joins or residual_TD is None else out + residual_TD

@@ -13,16 +13,16 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from moe_kernels.integrations.transformers import families
-from moe_kernels.integrations.transformers.experts import RECOMPUTE_ATTRIBUTE
-from moe_kernels.integrations.transformers.registry import NAME, check_recompute, is_registered, is_switchable, register
+from moe_kernels.integrations.transformers.experts import ACCUMULATE_GRAD_ATTRIBUTE, RECOMPUTE_ATTRIBUTE
+from moe_kernels.integrations.transformers.registry import NAME, check_options, is_registered, is_switchable, register
 
 #: Methods of PreTrainedModel that are wrapped.
 _DEFAULT, _BUILT = "get_correct_experts_implementation", "post_init"
 _ORIGINAL = "_moe_kernels_original"
 
 
-def enable(recompute: str | None = None) -> None:
-    """Accelerate every supported MoE model that Transformers builds from now on; calling it again changes the option.
+def enable(recompute: str | None = None, accumulate_grad: bool = False) -> None:
+    """Accelerate every supported MoE model that Transformers builds from now on; calling it again changes the options.
 
     Models built without ``experts_implementation=`` get ``"moe_kernels"``; an explicit choice is respected. Models
     built before keep what they have, see :func:`patch`.
@@ -30,11 +30,15 @@ def enable(recompute: str | None = None) -> None:
     Args:
         recompute: None, or "pre_activation" to keep less memory between forward and backward (see
             ``functional.moe_experts``). Models given one by :func:`patch` keep theirs.
+        accumulate_grad: add the gradients of expert weights to a ``.grad`` that is there already in the products that
+            make them, so gradient accumulation needs no memory of the weights' size (see ``functional.moe_experts``
+            for where autograd gets them all the same). Likewise.
 
     Raises:
         ValueError: an unknown ``recompute``.
+        TypeError: ``accumulate_grad`` is no bool.
     """
-    register(recompute)
+    register(recompute, accumulate_grad)
     for name, wrap in ((_DEFAULT, _prefer_ours), (_BUILT, _swap_classes)):
         method = getattr(PreTrainedModel, name)
         if not hasattr(method, _ORIGINAL):
@@ -57,20 +61,20 @@ def is_enabled() -> bool:
     return is_registered() and hasattr(getattr(PreTrainedModel, _DEFAULT), _ORIGINAL)
 
 
-def patch(model: nn.Module, recompute: str | None = None) -> nn.Module:
+def patch(model: nn.Module, recompute: str | None = None, accumulate_grad: bool = False) -> nn.Module:
     """Switch an existing model, sub-models included, to our experts, routers and blocks, whatever it held.
 
-    Works without :func:`enable`. The choice of ``recompute`` is kept on the model's experts modules and goes along in
-    ``copy.deepcopy`` and pickles; None means that of :func:`enable`.
+    Works without :func:`enable`. The choices of ``recompute`` and ``accumulate_grad`` are kept on the model's experts
+    modules and go along in ``copy.deepcopy`` and pickles; None and False mean those of :func:`enable`.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: ``model`` is no nn.Module.
+        TypeError: ``model`` is no nn.Module, or ``accumulate_grad`` no bool.
         ValueError: the model has no experts that Transformers lets be switched, or ``recompute`` is unknown.
     """
-    check_recompute(recompute)
+    check_options(recompute, accumulate_grad)
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
     experts = [module for module in model.modules() if is_switchable(module)]
@@ -80,16 +84,17 @@ def patch(model: nn.Module, recompute: str | None = None) -> nn.Module:
             "interface; moe_kernels.report(model) lists what it has"
         )
     if not is_registered():
-        register(None)
+        register()
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module._can_set_experts_implementation():
             module.set_experts_implementation(NAME)
     for module in experts:
         module.config._experts_implementation = NAME  # experts outside any PreTrainedModel
-        if recompute is None:
-            module.__dict__.pop(RECOMPUTE_ATTRIBUTE, None)
-        else:
-            setattr(module, RECOMPUTE_ATTRIBUTE, recompute)
+        for name, choice in ((RECOMPUTE_ATTRIBUTE, recompute), (ACCUMULATE_GRAD_ATTRIBUTE, accumulate_grad)):
+            if choice:
+                setattr(module, name, choice)
+            else:
+                module.__dict__.pop(name, None)
     families.swap(model)
     return model
 

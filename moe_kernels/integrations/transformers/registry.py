@@ -7,7 +7,11 @@ from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
 from transformers.integrations.moe import ExpertsInterface
 
 from moe_kernels.functional._experts_contract import RECOMPUTE
-from moe_kernels.integrations.transformers.experts import moe_kernels_experts_forward, warn_once
+from moe_kernels.integrations.transformers.experts import (
+    ACCUMULATE_GRAD_ATTRIBUTE,
+    moe_kernels_experts_forward,
+    warn_once,
+)
 
 
 class _Name(str):
@@ -20,7 +24,7 @@ class _Name(str):
 
 def restore() -> "_Name":
     if NAME not in ExpertsInterface._global_mapping:
-        register(None)
+        register()
     return NAME
 
 
@@ -28,9 +32,10 @@ NAME = _Name("moe_kernels")
 FP8_REASON = "there are no FP8 kernels"
 
 
-def register(recompute: str | None) -> None:
-    check_recompute(recompute)
-    ExpertsInterface.register(NAME, functools.partial(moe_kernels_experts_forward, recompute=recompute))
+def register(recompute: str | None = None, accumulate_grad: bool = False) -> None:
+    check_options(recompute, accumulate_grad)
+    forward = functools.partial(moe_kernels_experts_forward, recompute=recompute, accumulate_grad=accumulate_grad)
+    ExpertsInterface.register(NAME, forward)
     # FP8 experts look names up in a registry of their own and would raise KeyError on ours.
     FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
 
@@ -47,9 +52,17 @@ def is_switchable(module: nn.Module) -> bool:
     return {"config", "has_gate", "is_transposed"} <= vars(module).keys()
 
 
-def check_recompute(recompute: str | None) -> None:
+def check_options(recompute: str | None, accumulate_grad: bool) -> None:
     if recompute not in RECOMPUTE:
         raise ValueError(f'recompute must be None or "pre_activation", got {recompute!r}')
+    if not isinstance(accumulate_grad, bool):
+        raise TypeError(f"accumulate_grad must be True or False, got {accumulate_grad!r}")
+
+
+def accumulates_grad(module: nn.Module) -> bool:
+    """Is ``accumulate_grad`` on for an experts module that runs on us?"""
+    of_all = ExpertsInterface._global_mapping[NAME].keywords["accumulate_grad"]
+    return getattr(module, ACCUMULATE_GRAD_ATTRIBUTE, of_all)
 
 
 def _fp8_experts_forward(self, *args, **kwargs):

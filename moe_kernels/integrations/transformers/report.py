@@ -9,7 +9,13 @@ from transformers.integrations.finegrained_fp8 import FP8Experts
 from moe_kernels.functional._autocast import products_dtype
 from moe_kernels.integrations.transformers import blocks, families, routers
 from moe_kernels.integrations.transformers.experts import choose_backend, facts, judge, weights
-from moe_kernels.integrations.transformers.registry import FP8_REASON, NAME, is_registered, is_switchable
+from moe_kernels.integrations.transformers.registry import (
+    FP8_REASON,
+    NAME,
+    accumulates_grad,
+    is_registered,
+    is_switchable,
+)
 
 NOT_SWITCHABLE = "not switchable through Transformers' experts interface"
 EXPERTS_ON_STOCK = "its experts run on stock"
@@ -24,6 +30,7 @@ class Row(NamedTuple):
     backend: str  # of our ops, or "stock"
     accelerated: bool
     reason: str  # why not; empty when accelerated
+    accumulate_grad: bool = False  # of experts: their weights' gradients are added to a ``.grad`` that is there
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Report:
             (
                 _span(names),
                 row.class_name,
-                row.implementation,
+                row.implementation + ", accumulate_grad" * row.accumulate_grad,
                 row.backend,
                 row.reason,
             )
@@ -128,7 +135,7 @@ def _switchable(name: str, module: nn.Module) -> Row:
             reason = str(error)
     if reason is not None:
         return _stock(name, module, implementation, reason)
-    return Row(name, "experts", _class_name(module), implementation, backend, True, "")
+    return Row(name, "experts", _class_name(module), implementation, backend, True, "", accumulates_grad(module))
 
 
 def _part(part: families.Part) -> Row:

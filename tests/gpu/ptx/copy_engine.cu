@@ -43,6 +43,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1)
     read_box(chunks + rank * 3 * kChunkBytes / 16, landed, 3 * 64);
 }
 
+template <bool kAdd>
 __global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, const uint4* box, int c0, int c1, int c2) {
     extern __shared__ unsigned char memory[];
     unsigned char* from = aligned(memory);
@@ -50,7 +51,7 @@ __global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, const 
     ptx::fence_async_proxy();
     __syncthreads();
     if (threadIdx.x == 0) {
-        ptx::tma_store_3d(&map, from, c0, c1, c2);
+        (kAdd ? ptx::tma_add_3d : ptx::tma_store_3d)(&map, from, c0, c1, c2);
         ptx::bulk_commit();
         ptx::bulk_wait<0>();
     }
@@ -99,10 +100,11 @@ const char* tma_load(void* box, const void* tensor, int dtype, int size0, int si
 }
 
 const char* tma_store(void* tensor, const void* box, int dtype, int size0, int size1, int size2, int stride1,
-                      int stride2, int c0, int c1, int c2, cudaStream_t stream) {
+                      int stride2, int c0, int c1, int c2, int add, cudaStream_t stream) {
     return caught([&] {
         const auto map = make_tensor_map({tensor, size0, size1, size2, stride1, stride2, kBox1, kBox2}, DType(dtype));
-        launch(tma_store_kernel, 1, kThreads, kBoxBytes, stream, map, static_cast<const uint4*>(box), c0, c1, c2);
+        launch(add ? tma_store_kernel<true> : tma_store_kernel<false>, 1, kThreads, kBoxBytes, stream, map,
+               static_cast<const uint4*>(box), c0, c1, c2);
     });
 }
 
