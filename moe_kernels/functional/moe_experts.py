@@ -296,6 +296,7 @@ def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, how, residua
         )
         out_Tn, residual_Tn = _columns(out_TD, *columns), _columns(residual_TD, *columns)
         torch.ops.moe_kernels.combine(out_Tn, y_Rn, plan.positions_TK, weights_TK, residual_Tn)
+        del y_Rn  # before the next columns get memory of their own
     return out_TD
 
 
