@@ -1,4 +1,4 @@
-"""What the tests share: the naive truths, random routings and problems, and the one table of tolerances.
+"""What the tests share: the naive truths, random routings and problems; tolerances come from tests/tolerances.py.
 
 Nothing here calls the library's arithmetic: the plan is a Python sort, the formulas are plain torch and run in the
 dtype of what they are given (fp64 for the truth, bf16 for "what plain torch would do"). Shape letters as in the
@@ -15,51 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.functional import RoutingPlan
-
-# Tolerances
-
-#: Largest relative L2 error of a full-precision result against the fp64 truth. fp32 (eps 1.2e-7): sums of up to a few
-#: thousand terms in any order stay near 1e-6, a TF32 product or a bf16 round trip is at 1e-3. fp64: the same, scaled.
-RELATIVE_L2 = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-#: A half-precision result may be this many times worse than plain torch in that dtype: one rounding in another place.
-TIMES_PLAIN = 2
-#: And this far off where plain torch is exact, a tenth of the dtype's own rounding (eps / sqrt(12), relative L2).
-FLOOR = {torch.bfloat16: 2e-4, torch.float16: 3e-5}
-
-#: Largest single error as a multiple of the L2 limit, against the largest element: one wrong element in a large tensor
-#: does not move an L2 norm. Maxima over 10^6 roundings lie within 5 standard deviations, doubled.
-WORST_ELEMENT = 10
-
-
-def relative_l2(actual: Tensor, truth: Tensor) -> float:
-    actual, truth = actual.detach().double(), truth.detach().double()
-    if truth.numel() == 0:
-        return 0.0
-    scale = truth.norm().item()
-    return (actual - truth).norm().item() / (scale if scale > 0 else 1.0)
-
-
-def assert_close(actual: Tensor, truth: Tensor, plain: Tensor | None = None, what: str = "result") -> None:
-    """Within the tables above; ``plain`` is what torch makes of the same formula in the dtype of ``actual``."""
-    assert actual.shape == truth.shape, f"{what}: shape {list(actual.shape)}, expected {list(truth.shape)}"
-    if actual.dtype in RELATIVE_L2:
-        limit = RELATIVE_L2[actual.dtype]
-    else:
-        limit = TIMES_PLAIN * relative_l2(plain, truth) + FLOOR[actual.dtype]
-    error = relative_l2(actual, truth)
-    assert error <= limit, f"{what}: relative L2 error {error:.2e}, allowed {limit:.2e}"  # also fails on NaN
-    if truth.numel():
-        worst = (actual.double() - truth.double()).abs().max().item()
-        largest = max(truth.abs().max().item(), 1e-30) if truth.any() else 1.0
-        assert worst <= WORST_ELEMENT * limit * largest, f"{what}: one element is off by {worst:.2e}"
-
-
-def bitwise_equal(a: Tensor, b: Tensor) -> bool:
-    """Equal including NaN payloads: unwritten elements are poison in both."""
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(integer), b.view(integer))
-
+from tests.tolerances import assert_close, bitwise_equal, relative_l2  # noqa: F401  they are helpers too
 
 # Cases
 
@@ -152,10 +108,10 @@ def make_indices(case: Case, generator: torch.Generator) -> Tensor:
     """int64 [T, K] expert ids."""
     T, K, E = case.T, case.K, case.E
     repeated = torch.randint(0, E, (T, K), generator=generator)
-    distinct = torch.rand(T, E, generator=generator).argsort(-1)[:, :K] if K <= E else repeated
+    keys = torch.rand(T, E, generator=generator) if K <= E else None  # drawn by all, though only some sort them
     match case.routing:
         case "uniform":
-            return distinct
+            return _first(K, keys, repeated)
         case "all_to_one":  # every slot of every token: K rows of one expert share a token
             return torch.full((T, K), E // 2)
         case "empty":  # first, last and every odd expert get nothing
@@ -166,15 +122,20 @@ def make_indices(case: Case, generator: torch.Generator) -> Tensor:
             outside = outside[torch.randint(0, len(outside), (T, K), generator=generator)]
             drop = torch.rand(T, K, generator=generator) < 0.3
             drop[:1] = True
-            return torch.where(drop, outside, distinct)
+            return torch.where(drop, outside, _first(K, keys, repeated))
         case "duplicates":
             return repeated
         case "zipf":  # the first K of a draw without replacement, by exponential clocks
             clocks = -torch.rand(T, E, generator=generator).log() * torch.arange(1, E + 1) ** 1.2
-            return clocks.argsort(-1)[:, :K] if K <= E else repeated
+            return _first(K, clocks if K <= E else None, repeated)
         case "all_dropped":
             return torch.where(repeated % 2 == 0, -1, E)
     raise ValueError(case.routing)
+
+
+def _first(K: int, keys: Tensor | None, otherwise: Tensor) -> Tensor:
+    """The columns of the K smallest keys in each row, in their order."""
+    return otherwise if keys is None else keys.topk(K, largest=False).indices
 
 
 class Rows(NamedTuple):
@@ -191,8 +152,9 @@ def naive_rows(indices_TK: Tensor, num_experts: int) -> Rows:
     return Rows([e for e, _ in kept], [s for _, s in kept], [s for s, e in enumerate(ids) if not 0 <= e < num_experts])
 
 
-def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int) -> RoutingPlan:
-    rows = naive_rows(indices_TK, num_experts)
+def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int, rows: Rows | None = None) -> RoutingPlan:
+    """``rows``: those of these indices, where they are known."""
+    rows = rows or naive_rows(indices_TK, num_experts)
     counts = collections.Counter(rows.experts)
     offsets = [0, *itertools.accumulate(counts[e] for e in range(num_experts))]
     positions = [-1] * indices_TK.numel()
@@ -241,16 +203,21 @@ class Problem:
             numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device=generator.device)
             return (numbers * scale).to(device, dtype)
 
+        def moved(tensor):
+            return tensor.to(device, non_blocking=True)  # so few bytes need not wait for the GPU
+
         T, K, E, D, I, N = case.T, case.K, case.E, case.D, case.I, case.N  # noqa: E741
-        self.indices = make_indices(case, chooser).to(device)
-        self.rows = naive_rows(self.indices, E)
-        self.plan = naive_plan(self.indices, E, case.block_m)
+        indices = make_indices(case, chooser)
+        self.indices = moved(indices)
+        self.rows = naive_rows(indices, E)
+        *tensors, block_m = naive_plan(indices, E, case.block_m, self.rows)
+        self.plan = RoutingPlan(*map(moved, tensors), block_m)
         self.kept = len(self.rows.slots)
         counts = collections.Counter(self.rows.experts)
         ends = itertools.accumulate(counts[e] for e in range(E))
         #: (expert, its rows), without experts that have none
         self.spans = [(e, slice(end - counts[e], end)) for e, end in enumerate(ends) if counts[e]]
-        self.slot_r = torch.tensor(self.rows.slots, dtype=torch.int64, device=device)
+        self.slot_r = moved(torch.tensor(self.rows.slots, dtype=torch.int64))
         self.token_r = self.slot_r // max(K, 1)
 
         self.x = normal(T, D)

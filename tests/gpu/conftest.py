@@ -15,30 +15,16 @@ def pytest_addoption(parser):
     group.addoption("--save", action="store_true", help="put rows into benchmarks/results/<gpu>/checks.json")
 
 
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # not in a worker of pytest-xdist
+        asked = 0 if config.getoption("soak_case", None) else config.getoption("soak", soak.FEW)
+        recorder = checks.Recorder(asked, config.getoption("save", False))
+        config.pluginmanager.register(recorder, "moe_kernels checks")
+
+
 def pytest_collection_modifyitems(config, items):
     if "sanitizer" in (config.getoption("markexpr", "") or ""):
         return
     for item in items:
         if item.get_closest_marker("sanitizer"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: pytest tests/gpu -m sanitizer"))
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    """In the process that the workers report to."""
-    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
-    properties = [property for report in reports for property in getattr(report, "user_properties", ())]
-    if not any(name in ("soak", "sanitizer") for name, _ in properties):
-        return
-    rows, notes = checks.rows_of(properties, config.getoption("soak", soak.FEW))
-    terminalreporter.section("soak and sanitizers")
-    for name, row in rows.items():
-        terminalreporter.line(f"{name}: " + ", ".join(f"{value} {key}" for key, value in row.items()))
-    for note in notes:
-        terminalreporter.line(note)
-    if rows and config.getoption("save", False):
-        from moe_kernels.bench.machine import machine
-        from moe_kernels.bench.results import results_dir, save
-
-        path = results_dir() / checks.FILE
-        save(path, rows, machine())
-        terminalreporter.line(f"saved {', '.join(rows)} to {path}")

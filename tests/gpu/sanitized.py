@@ -2,7 +2,9 @@
 
     python -m tests.gpu.sanitized [NAME ...]
 
-A NAME is an op, or "hopper" for the products of a layer; all by default. tests/gpu/test_sanitizers.py runs it.
+A NAME is an op, "hopper" for the products of a layer or "activations" for the two of them that have one; all by
+default. tests/gpu/test_sanitizers.py runs it. Under a tool every launch and every allocation costs, so nothing is
+launched twice or sent in vain.
 
 Only our kernels are instrumented: torch's are many. So initcheck does not see what torch's kernels write, only copies
 from the host, and every input is one. Nor does it see, before 2025.4, what the copy engine writes: results are not
@@ -12,7 +14,8 @@ copied to the host as they are, but added by a kernel of torch's to zeros that c
 import copy
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -24,9 +27,10 @@ from moe_kernels.functional import RoutingPlan
 from tests import helpers
 from tests.gpu import hopper, soak
 from tests.gpu.hopper import BF16, How
-from tests.helpers import LAYOUTS, Case, Problem, assert_close
+from tests.helpers import LAYOUTS, Case, Problem
 from tests.ops import test_combine, test_decode_experts, test_permute
 from tests.ops.test_routing_plan import assert_same_plan
+from tests.tolerances import Together, assert_close
 
 ops = torch.ops.moe_kernels
 FP16, FP32 = torch.float16, torch.float32
@@ -34,13 +38,16 @@ FP16, FP32 = torch.float16, torch.float32
 
 def sent(value):
     """On the GPU, by copies from the host alone."""
-    if isinstance(value, Problem):
-        moved = copy.copy(value)
-        vars(moved).update({name: sent(each) for name, each in vars(value).items()})
-        return moved
     if isinstance(value, RoutingPlan):
         return RoutingPlan(*map(sent, value))
     return value.cuda() if isinstance(value, Tensor) else value
+
+
+def with_sent(p: Problem, *names: str) -> Problem:
+    """The problem with these of its tensors on the GPU."""
+    moved = copy.copy(p)
+    vars(moved).update({name: sent(getattr(p, name)) for name in names})
+    return moved
 
 
 def back(result: Tensor) -> Tensor:
@@ -67,26 +74,41 @@ HOPPER = [
     (Case(100, 2, 4, 128, 72, routing="all_dropped"), EVERYTHING),
     (Case(140, 2, 3, 832, 72), EVERYTHING),  # down in turn, 208 columns a tile
     (Case(700, 4, 12, 64, 520), How()),  # more tiles than a cluster's ring has places
-    *[
-        (
-            Case(140, 2, 3, 64, 72, activation, interleaved=interleaved),
-            How(transposed=i % 2 == 0, bias=i % 4 < 2, stored=("both", "h", "a")[i % 3]),
-        )
-        for i, (activation, interleaved) in enumerate(LAYOUTS)
-    ],
 ]
+#: Each layout and activation is a kernel of its own.
+EACH_LAYOUT = [
+    (
+        Case(140, 2, 3, 64, 72, activation, interleaved=interleaved),
+        How(transposed=i % 2 == 0, bias=i % 4 < 2, stored=("both", "h", "a")[i % 3], activation_only=True),
+    )
+    for i, (activation, interleaved) in enumerate(LAYOUTS)
+]
+OF_ACTIVATIONS = ("plan", "weights", "x", "w_gate_up", "bias_gate_up", "h", "w_down", "d_out")
+OF_PRODUCTS = (*OF_ACTIVATIONS, "bias_down", "a", "y")
 
 
 def run_hopper() -> Iterator[str]:
-    for case, how in HOPPER:
-        case = case._replace(block_m=128)
-        p = Problem(case, dtype=BF16)
+    return _products(HOPPER, OF_PRODUCTS)
+
+
+def run_activations() -> Iterator[str]:
+    return _products(EACH_LAYOUT, OF_ACTIVATIONS)
+
+
+def _products(cases: Sequence[tuple[Case, How]], names: Sequence[str]) -> Iterator[str]:
+    for case, how in cases:
+        p = Problem(case._replace(block_m=128), dtype=BF16)
         if how.transposed:
             hopper.transpose_weights(p)
         p.weights = p.weights.to(how.weights_dtype)
-        ours = {name: back(result) for name, result in hopper.products(sent(p), how).items()}
-        hopper.check_results(p, how, ours)
-        yield f"{case} {how}"
+        ours = {name: back(each) for name, each in hopper.products(with_sent(p, *names), how, _there).items()}
+        with Together() as checks:
+            hopper.check_results(p, how, ours, checks)
+        yield f"{p.case} {how}"
+
+
+def _there(like: Tensor) -> Tensor:
+    return sent(hopper.there(torch.empty(like.shape, dtype=like.dtype)))
 
 
 # The other kernels
@@ -142,7 +164,7 @@ def _rows() -> Iterator[tuple[int, Problem, Tensor | None]]:
 
 def run_permute() -> Iterator[str]:
     for _, p, weights in _rows():
-        out = back(test_permute.run(sent(p), sent(p.x), sent(weights)))
+        out = back(test_permute.run(with_sent(p, "plan"), sent(p.x), sent(weights)))
         kept, w = out[: p.kept], torch.ones_like(p.weights) if weights is None else weights
         assert_close(kept, test_permute.scaled(p, p.x.double(), w.double()), test_permute.scaled(p, p.x, w))
         assert (out[p.kept :] == 0).all()
@@ -160,9 +182,8 @@ def run_unpermute() -> Iterator[str]:
 def run_combine() -> Iterator[str]:
     for i, p, weights in _rows():
         residual = p.residual if i % 2 else None
-        moved, (w, r) = sent(p), map(sent, (weights, residual))
-        out = torch.full_like(p.x, torch.nan).cuda()
-        out = back(test_combine.run(moved, moved.y, w, r, out))
+        y, w, r, out = map(sent, (p.y, weights, residual, torch.full_like(p.x, torch.nan)))
+        out = back(test_combine.run(with_sent(p, "plan"), y, w, r, out))
         inputs = p.y, weights, residual
         assert_close(out, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
         yield f"{p.case} {p.y.dtype}"
@@ -185,7 +206,8 @@ def run_decode_experts() -> Iterator[str]:
         p = Problem(case, dtype=(BF16, FP16)[i % 2])
         weights, indices = (p.weights, p.weights.float())[i // 2 % 2], p.indices.to((torch.int64, torch.int32)[i % 2])
         bias = i % 3 > 0
-        out = test_decode_experts.run(sent(p), bias=bias, indices=sent(indices), weights=sent(weights))
+        moved = with_sent(p, "x", "w_gate_up", "bias_gate_up", "w_down", "bias_down")
+        out = test_decode_experts.run(moved, bias=bias, indices=sent(indices), weights=sent(weights))
         biases = (p.bias_gate_up, p.bias_down) if bias else (None, None)
         inputs = p.x, weights, p.w_gate_up, p.w_down, *biases
         assert_close(back(out), soak.decoded(p, *helpers.doubled(*inputs)), soak.decoded(p, *inputs))
@@ -235,14 +257,20 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Run(NamedTuple):
+    kind: str  # of the soak: tells whether its kernels run here
+    cases: Callable[[], Iterator[str]]
+
+
 RUNS = {
-    "hopper": run_hopper,
-    "routing_plan": run_routing_plan,
-    "permute": run_permute,
-    "unpermute": run_unpermute,
-    "combine": run_combine,
-    "decode_experts": run_decode_experts,
-    "topk_route": run_topk_route,
+    "hopper": Run("hopper", run_hopper),
+    "activations": Run("hopper", run_activations),
+    "routing_plan": Run("routing_plan", run_routing_plan),
+    "permute": Run("permute", run_permute),
+    "unpermute": Run("unpermute", run_unpermute),
+    "combine": Run("combine", run_combine),
+    "decode_experts": Run("decode_experts", run_decode_experts),
+    "topk_route": Run("topk_route", run_topk_route),
 }
 
 
@@ -250,10 +278,10 @@ def main(names: Sequence[str]) -> None:
     start = time.perf_counter()
     with Calls() as calls, use_backend("cuda"):
         for name in names or RUNS:
-            if (reason := soak.why_not(name)) is not None:
+            if (reason := soak.why_not(RUNS[name].kind)) is not None:
                 print(f"{name}: left out, {reason}", flush=True)
                 continue
-            for case in RUNS[name]():
+            for case in RUNS[name].cases():
                 print(f"{time.perf_counter() - start:6.1f} s  {name} {case}", flush=True)
     torch.cuda.synchronize()
     print(f"{calls.count} calls")

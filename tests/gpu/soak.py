@@ -15,9 +15,10 @@ from moe_kernels import backends, use_backend
 from tests import helpers
 from tests.gpu import hopper
 from tests.gpu.hopper import BF16, How
-from tests.helpers import SKEWED, Case, Problem, assert_close, bitwise_equal, make_indices
+from tests.helpers import SKEWED, Case, Problem, make_indices
 from tests.ops import test_combine, test_decode_experts, test_permute
 from tests.ops.test_routing_plan import assert_same_plan
+from tests.tolerances import Together
 
 FP16, FP32 = torch.float16, torch.float32
 #: Cases of a kind that make a soak.
@@ -153,11 +154,12 @@ def _draw_router(r: random.Random):
     )
 
 
-# Checking
+# Checking: a case asks the GPU for numbers once, at its end, so that an error of the GPU has the name of its case
 
 
-def _same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
-    assert all(map(bitwise_equal, first, second)), "a rerun gave other bits"
+def _same_bits(checks: Together, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+    for mine, again in zip(first, second, strict=True):
+        checks.same_bits(mine, again, "a rerun gave other bits")
 
 
 def _check_hopper(drawn: HopperCase, number: int, device: str, backend: str) -> None:
@@ -165,16 +167,31 @@ def _check_hopper(drawn: HopperCase, number: int, device: str, backend: str) -> 
     if how.transposed:
         hopper.transpose_weights(p)
     ours = hopper.products(p, how)
-    hopper.check_results(p, how, ours)
-    _same_bits(ours.values(), hopper.products(p, how).values())
+    with Together() as checks:
+        hopper.check_results(p, how, ours, checks)
+        _same_bits(checks, list(ours.values()), list(hopper.products(p, how).values()))
 
 
 def _check_plan(drawn: PlanCase, number: int, device: str, backend: str) -> None:
     case = drawn.case
     indices = make_indices(case, torch.Generator().manual_seed(number)).to(drawn.ids)
-    first, second = (torch.ops.moe_kernels.routing_plan(indices.to(device), case.E, case.block_m) for _ in range(2))
-    _same_bits(first, second)
-    assert_same_plan([each.cpu() for each in first], helpers.naive_plan(indices, case.E, case.block_m))
+    moved = indices.to(device, non_blocking=True)
+    first, second = (torch.ops.moe_kernels.routing_plan(moved, case.E, case.block_m) for _ in range(2))
+    expected = helpers.naive_plan(indices, case.E, case.block_m)  # while the GPU is at it
+    first, second = _on_host(first, second)
+    with Together() as checks:
+        _same_bits(checks, first, second)
+    assert_same_plan(first, expected)
+
+
+def _on_host(*results: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Results of int32, in one copy."""
+    pieces = iter(
+        torch.cat([each.flatten() for result in results for each in result])
+        .cpu()
+        .split([each.numel() for result in results for each in result])
+    )
+    return [[next(pieces).view(each.shape) for each in result] for result in results]
 
 
 def _check_combine(drawn: CombineCase, number: int, device: str, backend: str) -> None:
@@ -183,39 +200,41 @@ def _check_combine(drawn: CombineCase, number: int, device: str, backend: str) -
     residual = None if drawn.residual == "none" else p.residual
     T, D = p.x.shape
     results = []
-    for _ in range(2):
-        out = torch.full((T, D + 16 * drawn.sliced), torch.nan, device=device, dtype=drawn.dtype)
-        mine = out[:, 8 : 8 + D] if drawn.sliced else out
-        if drawn.residual == "over":
-            mine.copy_(p.residual)
-        test_combine.run(p, p.y, weights, mine if drawn.residual == "over" else residual, mine)
-        assert out.isnan().sum() == 16 * T * drawn.sliced, "columns beside the slice, or not all of it"
-        results.append(out)
-    _same_bits(results[:1], results[1:])
-    inputs = p.y, weights, residual
-    assert_close(mine, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+    with Together() as checks:
+        for _ in range(2):
+            out = torch.full((T, D + 16 * drawn.sliced), torch.nan, device=device, dtype=drawn.dtype)
+            mine = out[:, 8 : 8 + D] if drawn.sliced else out
+            if drawn.residual == "over":
+                mine.copy_(p.residual)
+            test_combine.run(p, p.y, weights, mine if drawn.residual == "over" else residual, mine)
+            untouched = out.isnan().sum() == 16 * T * drawn.sliced
+            checks.true(untouched, "columns beside the slice, or not all of it")
+            results.append(out)
+        _same_bits(checks, results[:1], results[1:])
+        inputs = p.y, weights, residual
+        checks.close(mine, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
 
 
 def _check_permute(drawn: PermuteCase, number: int, device: str, backend: str) -> None:
     p, weights, x = _permute_inputs(drawn, number, device, "x")
     first, second = (test_permute.run(p, x, weights) for _ in range(2))
-    _same_bits([first], [second])
-    assert (first[p.kept :] == 0).all(), "rows of dropped slots"
-    if weights is None:
-        assert torch.equal(first[: p.kept], p.x[p.token_r]), "a copy is exact"
-    else:
-        inputs = p.x, weights
-        assert_close(
-            first[: p.kept], test_permute.scaled(p, *helpers.doubled(*inputs)), test_permute.scaled(p, *inputs)
-        )
+    with Together() as checks:
+        _same_bits(checks, [first], [second])
+        checks.true((first[p.kept :] == 0).all(), "rows of dropped slots")
+        kept, inputs = first[: p.kept], (p.x, weights)
+        if weights is None:
+            checks.true((kept == p.x[p.token_r]).all(), "a copy is exact")
+        else:
+            checks.close(kept, test_permute.scaled(p, *helpers.doubled(*inputs)), test_permute.scaled(p, *inputs))
 
 
 def _check_unpermute(drawn: PermuteCase, number: int, device: str, backend: str) -> None:
     p, weights, y = _permute_inputs(drawn, number, device, "y")
     first, second = (torch.ops.moe_kernels.unpermute(y, p.plan.positions_TK, weights) for _ in range(2))
-    _same_bits([first], [second])
-    inputs = p.y, weights, None
-    assert_close(first, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
+    with Together() as checks:
+        _same_bits(checks, [first], [second])
+        inputs = p.y, weights, None
+        checks.close(first, helpers.combine(p, *helpers.doubled(*inputs)), helpers.combine(p, *inputs))
 
 
 def _permute_inputs(drawn: PermuteCase, number: int, device: str, name: str) -> tuple[Problem, Tensor | None, Tensor]:
@@ -244,20 +263,47 @@ def _check_decode(drawn: DecodeCase, number: int, device: str, backend: str) -> 
     weights = p.weights if drawn.weights == "same" else p.weights.float()
     changed = {"bias": drawn.bias, "indices": p.indices.to(drawn.ids), "weights": weights}
     first, second = (test_decode_experts.run(p, **changed) for _ in range(2))
-    _same_bits([first], [second])
-    biases = (p.bias_gate_up, p.bias_down) if drawn.bias else (None, None)
-    inputs = p.x, weights, p.w_gate_up, p.w_down, *biases
-    assert_close(first, decoded(p, *helpers.doubled(*inputs)), decoded(p, *inputs))
+    with Together() as checks:
+        _same_bits(checks, [first], [second])
+        biases = (p.bias_gate_up, p.bias_down) if drawn.bias else (None, None)
+        inputs = p.x, weights, p.w_gate_up, p.w_down, *biases
+        checks.close(first, decoded(p, *helpers.doubled(*inputs)), decoded(p, *inputs))
 
 
 def _check_router(drawn, number: int, device: str, backend: str) -> None:
+    """What ``router.check`` checks, in one go."""
     from moe_kernels.bench import router
 
     inputs = router.inputs_of(drawn, device)
-    for op in {"topk_route", "topk_route_bwd"} & backends.IMPLEMENTS[backend]:
-        router.check(op, inputs, backend)
-        first, second = (router.OPS[op].run(inputs) for _ in range(2))
-        _same_bits(first, second)
+    implemented = {"topk_route", "topk_route_bwd"} & backends.IMPLEMENTS[backend]
+    with Together() as checks:
+        for op in sorted(implemented):
+            first, second = (router.OPS[op].run(inputs) for _ in range(2))
+            with torch.no_grad(), use_backend("reference"):
+                if op == "topk_route_bwd":
+                    floats = {"logits": inputs.logits.float(), "d_weights": inputs.d_weights.float()}
+                    (true,), (plain,) = map(router.OPS[op].run, (inputs._replace(**floats), inputs))
+                    _within(checks, "d_logits", first[0], true, plain, router.TIMES_YARDSTICK)
+                else:
+                    true, experts = router.choose(inputs, inputs.logits.float(), FP32)
+                    plain, _ = router.choose(inputs, inputs.logits)
+                    unsure = ~router.decided(inputs, inputs.logits)[:, None]
+                    checks.true((unsure | (first[1] == experts)).all(), "other experts")
+                    weights = (each.masked_fill(unsure, 0) for each in (first[0], true, plain))
+                    _within(checks, "weights", *weights, router.TIMES_YARDSTICK)
+            _same_bits(checks, first, second)
+
+
+def _within(checks: Together, what: str, value: Tensor, true: Tensor, plain: Tensor, times: float) -> None:
+    """L2 errors: that of ``value`` is at most so many times that of plain torch, or of one rounding to bf16."""
+    errors = [(each.float() - true).double().norm() for each in (value, plain, true.bfloat16())]
+
+    def judge(found: list[float]) -> None:
+        error, *yardsticks = found
+        limit = times * max(yardsticks)
+        assert error <= limit, f"{what}: L2 error {error:.2e}, allowed {limit:.2e}"  # fails on NaN, too
+
+    checks.ask(torch.stack(errors), judge)
 
 
 def _problem(case: Case, number: int, device: str, dtype: torch.dtype) -> Problem:

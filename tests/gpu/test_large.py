@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from moe_kernels.functional import routing_plan
-from tests.helpers import TIMES_PLAIN, activate, assert_close, relative_l2
+from tests.helpers import activate, assert_close, relative_l2
+from tests.tolerances import TIMES_PLAIN
 
 pytestmark = pytest.mark.gpu
 

@@ -1,10 +1,11 @@
 """Random problems, in chunks: a few in an ordinary run, a soak when asked for.
 
-pytest tests/gpu/test_soak.py -m soak --soak 2000 -n 12 --save
+pytest tests/gpu/test_soak.py -m soak --soak 2000 -n 14 --save
 pytest tests/gpu/test_soak.py --soak-case hopper-1234
 """
 
 import pytest
+import torch
 
 from tests.gpu import soak
 
@@ -20,7 +21,16 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("kind,numbers", cases, ids=[f"{kind}-{n[0]}-to-{n[-1]}" for kind, n in cases])
 
 
-def test_random_problems(kind, numbers, poison, record_property):
+@pytest.fixture
+def one_thread():
+    """Of torch on the host, where each worker would take as many as there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_random_problems(kind, numbers, poison, one_thread, record_property):
     if (reason := soak.why_not(kind)) is not None:
         pytest.skip(reason)
     outcome = soak.run(kind, numbers)

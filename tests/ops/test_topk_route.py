@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from moe_kernels.functional import topk_route
-from tests.helpers import RELATIVE_L2, Target, assert_close, bitwise_equal
+from tests.helpers import Target, assert_close, bitwise_equal
+from tests.tolerances import RELATIVE_L2
 
 OP = "topk_route"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of inf and NaN in the interpreter
