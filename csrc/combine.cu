@@ -10,6 +10,7 @@
 #include "combine.h"
 #include "common.cuh"
 #include "routing_weight.cuh"
+#include "token_rows.cuh"
 
 namespace moe_kernels {
 namespace {
@@ -77,33 +78,6 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const CombineArgument
     *reinterpret_cast<uint4*>(out) = pack(total, y);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Launchers
-
-template <typename T, int kTopK>
-void launch(const CombineArguments& a, cudaStream_t stream) {
-    const int64_t vectors = ceil_div(a.width, Vector<T>::kWidth);
-    int across = kWarpSize;
-    while (across < kThreads && across < vectors) across *= 2;
-    const dim3 block(across, kThreads / across);
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.tokens, block.y)),
-                    static_cast<unsigned>(ceil_div(vectors, across)));
-    combine_kernel<T, kTopK><<<grid, block, 0, stream>>>(a);
-    check_launch("combine_kernel");
-}
-
-template <typename T>
-void launch_top_k(const CombineArguments& a, cudaStream_t stream) {
-    switch (a.top_k) {
-        case 1: return launch<T, 1>(a, stream);
-        case 2: return launch<T, 2>(a, stream);
-        case 4: return launch<T, 4>(a, stream);
-        case 6: return launch<T, 6>(a, stream);
-        case 8: return launch<T, 8>(a, stream);
-        default: return launch<T, 0>(a, stream);
-    }
-}
-
 }  // namespace
 
 void combine(const CombineArguments& a, cudaStream_t stream) {
@@ -116,12 +90,10 @@ void combine(const CombineArguments& a, cudaStream_t stream) {
     needs.rows("y", a.y, a.y_stride, a.tokens * a.top_k, element_bytes);
     if (a.residual != nullptr) needs.rows("residual", a.residual, a.residual_stride, a.tokens, element_bytes);
     if (a.top_k > 0) needs.present("positions", a.positions);
-    switch (a.dtype) {
-        case DType::kFloat32: return launch_top_k<float>(a, stream);
-        case DType::kBFloat16: return launch_top_k<__nv_bfloat16>(a, stream);
-        case DType::kFloat16: return launch_top_k<__half>(a, stream);
-        default: require(false, "combine: dtype must be float32, bfloat16 or float16");
-    }
+    launch_token_rows<kThreads>("combine", a, [&](auto element, auto top_k, dim3 grid, dim3 block) {
+        combine_kernel<decltype(element), decltype(top_k)::value><<<grid, block, 0, stream>>>(a);
+        check_launch("combine_kernel");
+    });
 }
 
 }  // namespace moe_kernels

@@ -14,6 +14,7 @@
 #include "common.cuh"
 #include "permute.h"
 #include "routing_weight.cuh"
+#include "token_rows.cuh"
 
 namespace moe_kernels {
 namespace {
@@ -72,33 +73,6 @@ __global__ void __launch_bounds__(kThreads) permute_kernel(const PermuteArgument
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Launchers
-
-template <typename T, int kTopK>
-void launch(const PermuteArguments& a, cudaStream_t stream) {
-    const int64_t vectors = ceil_div(a.width, Vector<T>::kWidth);
-    int across = kWarpSize;
-    while (across < kThreads && across < vectors) across *= 2;
-    const dim3 block(across, kThreads / across);
-    const dim3 grid(static_cast<unsigned>(ceil_div(a.tokens, block.y)),
-                    static_cast<unsigned>(ceil_div(vectors, across)));
-    permute_kernel<T, kTopK><<<grid, block, 0, stream>>>(a);
-    check_launch("permute_kernel");
-}
-
-template <typename T>
-void launch_top_k(const PermuteArguments& a, cudaStream_t stream) {
-    switch (a.top_k) {
-        case 1: return launch<T, 1>(a, stream);
-        case 2: return launch<T, 2>(a, stream);
-        case 4: return launch<T, 4>(a, stream);
-        case 6: return launch<T, 6>(a, stream);
-        case 8: return launch<T, 8>(a, stream);
-        default: return launch<T, 0>(a, stream);
-    }
-}
-
 }  // namespace
 
 void permute(const PermuteArguments& a, cudaStream_t stream) {
@@ -112,12 +86,10 @@ void permute(const PermuteArguments& a, cudaStream_t stream) {
     needs.rows("x", a.x, a.x_stride, a.tokens, element_bytes);
     needs.present("offsets", a.offsets);
     needs.present("positions", a.positions);
-    switch (a.dtype) {
-        case DType::kFloat32: return launch_top_k<float>(a, stream);
-        case DType::kBFloat16: return launch_top_k<__nv_bfloat16>(a, stream);
-        case DType::kFloat16: return launch_top_k<__half>(a, stream);
-        default: require(false, "permute: dtype must be float32, bfloat16 or float16");
-    }
+    launch_token_rows<kThreads>("permute", a, [&](auto element, auto top_k, dim3 grid, dim3 block) {
+        permute_kernel<decltype(element), decltype(top_k)::value><<<grid, block, 0, stream>>>(a);
+        check_launch("permute_kernel");
+    });
 }
 
 }  // namespace moe_kernels

@@ -72,10 +72,10 @@ def test_every_ptx_wrapper_has_its_test():
         code = re.sub(r"//.*", "", path.read_text())
         functions = re.findall(r"__device__ __forceinline__ \w+ (\w+)\(", code)
         assert functions and len(functions) == code.count("__device__"), path.name
-        names = [name for name in functions if name != "run"]  # that of Wgmma, by its types and widths:
+        names = [name for name in functions if name != "run"]  # that of Wgmma, by its widths below
         assert not [name for name in names if not re.search(rf"ptx::{name}\b", tested)], path.name
-        for of, width in re.findall(r"struct Wgmma<(\w+), (\d+),", code):
-            assert f"ptx::Wgmma<{of}, kN," in tested and f"integral_constant<int, {width}>" in tested, (of, width)
+    widths = set(re.findall(r"^WGMMA\((\d+),", (CSRC / "ptx" / "wgmma.cuh").read_text(), re.MULTILINE))
+    assert "Wgmma<__nv_bfloat16, kN," in tested and widths == set(re.findall(r"integral_constant<int, (\d+)>", tested))
 
 
 def test_every_kernel_of_the_ptx_tests_is_run():

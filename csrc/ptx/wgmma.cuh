@@ -58,7 +58,7 @@ __device__ __forceinline__ void wgmma_wait_all(float (&d)[kSize]) {
 template <typename T, int kN, int kAcrossA, int kAcrossB>
 struct Wgmma;
 
-// The first 96 accumulators in the instruction, and 8 and 32 of them as operands.
+// WGMMA_<size>, WGMMA_D<size>: so many accumulators, in the text of the instruction and as its operands.
 #define WGMMA_96                                                                       \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -66,67 +66,47 @@ struct Wgmma;
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
     "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
     "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_104 WGMMA_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define WGMMA_128                                                                \
+    WGMMA_104                                                                    \
+    ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, " \
+    "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_D8(i)                                                                                             \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
         "+f"(d[i + 7])
 #define WGMMA_D32(i) WGMMA_D8(i), WGMMA_D8(i + 8), WGMMA_D8(i + 16), WGMMA_D8(i + 24)
+#define WGMMA_D96 WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64)
+#define WGMMA_D104 WGMMA_D96, WGMMA_D8(96)
+#define WGMMA_D128 WGMMA_D96, WGMMA_D32(96)
 
-template <int kAcrossA, int kAcrossB>
-struct Wgmma<__nv_bfloat16, 192, kAcrossA, kAcrossB> {
-    static __device__ __forceinline__ void run(float (&d)[96], uint64_t a, uint64_t b, bool accumulate) {
-        asm volatile(
-            "{\n"
-            ".reg .pred p;\n"
-            "setp.ne.b32 p, %98, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-            "{" WGMMA_96
-            "}, "
-            "%96, %97, p, 1, 1, %99, %100;\n"
-            "}\n"
-            : WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64)
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));
-    }
-};
+// For n columns of B. Operands go by number: the accumulators from 0, then A (hence `size`), B and the others.
+#define WGMMA(n, size, at_b, at_accumulate, across_a, across_b)                                                      \
+    template <int kAcrossA, int kAcrossB>                                                                            \
+    struct Wgmma<__nv_bfloat16, n, kAcrossA, kAcrossB> {                                                             \
+        static __device__ __forceinline__ void run(float (&d)[size], uint64_t a, uint64_t b, bool accumulate) {      \
+            asm volatile(                                                                                            \
+                "{\n"                                                                                                \
+                ".reg .pred p;\n"                                                                                    \
+                "setp.ne.b32 p, %" #at_accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n                       \
+                "k16.f32.bf16.bf16 {" WGMMA_##size "}, %" #size ", %" #at_b ", p, 1, 1, %" #across_a ", %" #across_b \
+                                                   ";\n}\n"                                                          \
+                : WGMMA_D##size                                                                                      \
+                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));                  \
+        }                                                                                                            \
+    };
 
-template <int kAcrossA, int kAcrossB>
-struct Wgmma<__nv_bfloat16, 208, kAcrossA, kAcrossB> {
-    static __device__ __forceinline__ void run(float (&d)[104], uint64_t a, uint64_t b, bool accumulate) {
-        asm volatile(
-            "{\n"
-            ".reg .pred p;\n"
-            "setp.ne.b32 p, %106, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n208k16.f32.bf16.bf16 "
-            "{" WGMMA_96
-            ", "
-            "%96, %97, %98, %99, %100, %101, %102, %103}, "
-            "%104, %105, p, 1, 1, %107, %108;\n"
-            "}\n"
-            : WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64), WGMMA_D8(96)
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));
-    }
-};
+WGMMA(192, 96, 97, 98, 99, 100)
+WGMMA(208, 104, 105, 106, 107, 108)
+WGMMA(256, 128, 129, 130, 131, 132)
 
-template <int kAcrossA, int kAcrossB>
-struct Wgmma<__nv_bfloat16, 256, kAcrossA, kAcrossB> {
-    static __device__ __forceinline__ void run(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
-        asm volatile(
-            "{\n"
-            ".reg .pred p;\n"
-            "setp.ne.b32 p, %130, 0;\n"
-            "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-            "{" WGMMA_96
-            ", "
-            "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-            "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-            "%128, %129, p, 1, 1, %131, %132;\n"
-            "}\n"
-            : WGMMA_D32(0), WGMMA_D32(32), WGMMA_D32(64), WGMMA_D32(96)
-            : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));
-    }
-};
-
+#undef WGMMA
 #undef WGMMA_96
+#undef WGMMA_104
+#undef WGMMA_128
 #undef WGMMA_D8
 #undef WGMMA_D32
+#undef WGMMA_D96
+#undef WGMMA_D104
+#undef WGMMA_D128
 
 }  // namespace moe_kernels::ptx
