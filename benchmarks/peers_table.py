@@ -103,8 +103,8 @@ def table(results: dict, picture: str, note: Callable[[Iterable[dict]], str]) ->
     noted = note(machines[row["machine"]] for layer in layers for row in layer.rows)
     text = (
         "Our experts alone, with the routing given, uniform, beside stock's and beside t_b, the time of their bare "
-        f"products and sums; forward and backward{noted}. TFLOP/s count useful products only. Ours and t_b are timed "
-        "one after the other, and whichever meets the chip cooler gains up to 15 % by that."
+        f"products and sums; forward and backward{noted}. TFLOP/s count useful products only. t_b and its ratio are "
+        "of a loop in which both run in turn, at one clock; ms of ours and of stock are of loops of their own."
     )
     headings = ("t_b, ms", "ours, ms", "ours / t_b", "stock, ms", "ours, TFLOP/s")
     headings += ("SonicMoE here, TFLOP/s", "its block's time / ours", "SonicMoE published, TFLOP/s")

@@ -4,12 +4,12 @@ Cards of one kind differ by some percent, so the ceilings are measured in the ru
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from moe_kernels.bench.measure import median_ms, medians_in_turn_ms
+from moe_kernels.bench.measure import median_ms
 from moe_kernels.bench.shapes import Shape
 
 _BLOCK = 64  # rows: the padding of each expert's rows that the bound allows
@@ -28,8 +28,15 @@ def matmul_rate(size: int = 8192) -> float:
     return 2 * size**3 / median_ms(lambda: a @ a) * 1e3
 
 
+PRODUCTS = ("up", "down", "d_a", "dx", "dw_gate_up", "dw_down")
+
+
 def products(shape: Shape, *names: str, device: str = "cuda") -> dict[str, Callable[[], Tensor]]:
-    """``torch.bmm`` on equal groups for products of a layer's forward and backward: all six, or those named."""
+    """``torch.bmm`` on equal groups for products of a layer's forward and backward: all six, or those named.
+
+    To be timed in turn with what they are compared with. Sustained, the GPU draws its power limit and lowers its clock;
+    a product timed alone for some ms would not, and a loop of them meets another clock than a loop of steps.
+    """
     per_expert = shape.rows // shape.E
     sizes = {
         "up": (per_expert, shape.D, shape.N),
@@ -40,7 +47,7 @@ def products(shape: Shape, *names: str, device: str = "cuda") -> dict[str, Calla
         "dw_down": (shape.D, per_expert, shape.I),
     }
     runs = {}
-    for name in names or sizes:
+    for name in names or PRODUCTS:
         m, k, n = sizes[name]
         a = torch.randn(shape.E, m, k, device=device, dtype=torch.bfloat16)
         b = torch.randn(shape.E, k, n, device=device, dtype=torch.bfloat16)
@@ -48,25 +55,18 @@ def products(shape: Shape, *names: str, device: str = "cuda") -> dict[str, Calla
     return runs
 
 
-def products_ms(shape: Shape) -> dict[str, float]:
-    """The six products in turn as in a step.
-
-    Sustained, the GPU draws its power limit and lowers its clock; a product timed alone for some ms would not.
-    """
-    return medians_in_turn_ms(products(shape))
-
-
 def padding(rows_per_expert: Tensor) -> float:
     """By how much the rows grow when each expert's are rounded up to whole blocks."""
     return float(((rows_per_expert + _BLOCK - 1) // _BLOCK * _BLOCK).sum() / rows_per_expert.sum())
 
 
-def bound(shape: Shape, products: dict[str, float], padded: float, bytes_per_second: float) -> dict[str, float]:
+def bound(shape: Shape, times: Mapping[str, float], padded: float, bytes_per_second: float) -> dict[str, float]:
     """t_b: the products times the padding, plus the bytes of the combines at the copy rate.
 
     It has no gather, no activation and no router: 1.0 is a hard goal. The backward sums dX as the forward sums the
     output; each sum reads R rows and writes T.
     """
+    products = {name: times[name] for name in PRODUCTS}
     combine = 2 * (shape.rows + shape.T) * shape.D / bytes_per_second * 1e3
     return {
         **{f"{name}_ms": value for name, value in products.items()},

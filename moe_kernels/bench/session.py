@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ class Session:
         self.device = device
         self.rows: dict[str, dict[str, dict]] = {}  # file -> name -> row
         self._layer: Layer | None = None
-        self.products_ms = functools.cache(ceilings.products_ms)
 
     @functools.cached_property
     def bytes_per_second(self) -> float:
@@ -45,10 +45,10 @@ class Session:
         gc.collect()  # a layer refers to itself
         torch.cuda.empty_cache()
 
-    def bound(self, shape: Shape, kind: str) -> dict[str, float]:
-        """t_b of this shape and routing."""
+    def bound(self, shape: Shape, kind: str, times: Mapping[str, float]) -> dict[str, float]:
+        """t_b of this shape and routing, from the times of its products."""
         padded = ceilings.padding(self.layer(shape).rows_per_expert(kind))
-        return ceilings.bound(shape, self.products_ms(shape), padded, self.bytes_per_second)
+        return ceilings.bound(shape, times, padded, self.bytes_per_second)
 
     def record(self, file: str, name: str, row: dict) -> dict:
         """Keep a row, its figures rounded to what can mean something."""

@@ -40,5 +40,4 @@ def session(clock, monkeypatch):
     session = Session("cpu")
     session.bytes_per_second = 3e12
     session.machine = {"gpu": {"name": "a GPU"}, "copy_tb_per_s": 3.0, "matmul_tflops": 750.0}
-    session.products_ms = lambda shape: PRODUCTS_MS
     return session

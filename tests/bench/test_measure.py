@@ -210,16 +210,10 @@ def test_bound_is_products_times_padding_and_the_bytes_of_the_sums():
     assert found["step_ms"] == pytest.approx(63 * 1.5 + 2 * combine)
 
 
-def test_products_have_the_sizes_of_the_layer(monkeypatch):
+def test_products_have_the_sizes_of_the_layer():
     shape = Shape("small", 64, 10, 6, 4, 2)
-    sizes = []
-    real = torch.randn
-    monkeypatch.setattr(torch, "randn", lambda *s, device, dtype: real(*s))
-    monkeypatch.setattr(
-        ceilings,
-        "medians_in_turn_ms",
-        lambda runs: {name: sizes.append(tuple(run().shape)) or 1.0 for name, run in runs.items()},
-    )
-    assert list(ceilings.products_ms(shape)) == ["up", "down", "d_a", "dx", "dw_gate_up", "dw_down"]
+    runs = ceilings.products(shape, device="cpu")
+    assert tuple(runs) == ceilings.PRODUCTS
+    sizes = [tuple(run().shape) for run in runs.values()]
     # per expert 32 rows: rows x width, or the weight's own shape for its gradient
     assert sizes == [(4, 32, 12), (4, 32, 10), (4, 32, 6), (4, 32, 10), (4, 12, 10), (4, 10, 6)]
