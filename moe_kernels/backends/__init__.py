@@ -42,7 +42,7 @@ OPS = (
     "decode_experts",
 )
 
-#: Which backend has which op; the module is ``backends/<backend>/<op>.py`` (a ``_bwd`` lives beside its forward).
+#: Which backend has which op; the module is ``backends/<backend>/<op>.py`` (a ``_bwd`` is found beside its forward).
 IMPLEMENTS = {
     "cuda": frozenset(OPS),
     "triton": frozenset(OPS) - {"decode_experts"},

@@ -22,15 +22,10 @@ from moe_kernels import backends
 from moe_kernels.functional import _accumulate_grad, _down_bias
 from moe_kernels.functional._autocast import cast, products_dtype
 from moe_kernels.functional._experts_contract import check, check_residual
+from moe_kernels.functional._row_product import row_product_and_sum
 from moe_kernels.functional.grouped_gemm import row_sums
 from moe_kernels.functional.routing_plan import MIN_BLOCK_M, RoutingPlan, refuse_double_backward, routing_plan
 from moe_kernels.ops import decode_experts
-
-#: Y and dX rows may take as much memory as the gradient of w_gate_up would, which never lives beside them; where it is
-#: added to ``.grad``, as much as the rows they are made of. Or this much if that is less. Beyond it they are made and
-#: summed fewer columns at a time.
-_ROW_BUFFER_BYTES = 64 * 2**20
-_CHUNK_COLUMNS = 256  # chunks are multiples of this: a narrower product would waste the widest tiles
 
 
 class _How(NamedTuple):
@@ -275,50 +270,9 @@ def _gate_up(x_TD, w_E2ID, bias_E2I, plan, how, *, store_h, store_a):
 
 def _down(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how, residual_TD):
     w_EDI, bias_ED = cast(w_EDI, how.dtype), cast(bias_ED, how.dtype)
-    return _row_product_and_sum(a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how, residual_TD, trans_w=True)
-
-
-def _row_product_and_sum(a_RC, w, bias_EN, weights_TK, plan, inner, how, residual_TD=None, *, trans_w) -> Tensor:
-    """residual + sum over k of s * (a . W) per token, [T, D]; ``inner`` is N, the width of H."""
-    width = w.shape[1 if trans_w else 2]
-    out_TD = a_RC.new_empty(plan.positions_TK.shape[0], width)
-    step = _chunk_columns(a_RC, width, None if how.accumulate_grad else plan.num_experts * inner * width)
-    for start in range(0, width, step):
-        columns = start, min(step, width - start)
-        y_Rn = torch.ops.moe_kernels.grouped_gemm(
-            a_RC,
-            _columns(w, *columns, dim=1 if trans_w else 2),
-            _columns(bias_EN, *columns),
-            plan.offsets_E1,
-            plan.tiles_2M,
-            plan.block_m,
-            trans_w,
-        )
-        out_Tn, residual_Tn = _columns(out_TD, *columns), _columns(residual_TD, *columns)
-        torch.ops.moe_kernels.combine(out_Tn, y_Rn, plan.positions_TK, weights_TK, residual_Tn)
-        del y_Rn  # before the next columns get memory of their own
-    return out_TD
-
-
-def _columns(tensor: Tensor | None, start: int, length: int, dim: int = 1) -> Tensor | None:
-    """Columns of a tensor, or the tensor itself where they are all: a view takes the host 2 µs."""
-    return tensor if tensor is None or tensor.shape[dim] == length else tensor.narrow(dim, start, length)
-
-
-def _chunk_columns(a_RC: Tensor, width: int, allowed: int | None) -> int:
-    """How many of the ``width`` columns of a row buffer to make at a time.
-
-    Args:
-        allowed: elements that the buffer may have in any case; None: as many as ``a_RC``.
-    """
-    if torch.compiler.is_compiling():  # without a look at T: a comparison of a symbolic one would be a guard
-        chunks = 1 if allowed is not None else -(-width // a_RC.shape[1])
-    else:
-        allowed = a_RC.numel() if allowed is None else allowed
-        chunks = -(-a_RC.shape[0] * width // max(_ROW_BUFFER_BYTES // a_RC.element_size(), allowed))
-    if chunks <= 1:
-        return width
-    return min(width, -(-width // (chunks * _CHUNK_COLUMNS)) * _CHUNK_COLUMNS)
+    return row_product_and_sum(
+        a_RI, w_EDI, bias_ED, weights_TK, plan, inner, how.accumulate_grad, residual_TD, trans_w=True
+    )
 
 
 def _of_d_activation(d_out_TD, w_EDI, h_RN, weights_TK, plan, how) -> tuple:
@@ -375,8 +329,9 @@ def _d_gate_up(dh_RN, x_TD, w_E2ID, plan, how, needs_x, needs_w, needs_bias, *, 
     """dX, dW_gate_up and its bias's gradient, from dH; ``adds``: a compiled graph that adds dW_gate_up to ``.grad``."""
     dx_TD = dw_E2ID = d_bias_E2I = None
     if needs_x:
-        inner = w_E2ID.shape[1]
-        dx_TD = _row_product_and_sum(dh_RN, cast(w_E2ID, how.dtype), None, None, plan, inner, how, trans_w=False)
+        dx_TD = row_product_and_sum(
+            dh_RN, cast(w_E2ID, how.dtype), None, None, plan, w_E2ID.shape[1], how.accumulate_grad, trans_w=False
+        )
     if adds:
         torch.ops.moe_kernels.add_to_grad_(dx_TD, dh_RN, x_TD, *plan[:2], plan.top_k, "rhs", w_E2ID)
     elif needs_w:

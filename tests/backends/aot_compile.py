@@ -199,13 +199,12 @@ def launches_of(op: str, variant: Variant) -> tuple[list[_launch.Launch], list[t
         rows.append((op, element_size, block_m))
         return configs.tiles(op, capability, element_size, block_m)
 
-    file = op.removesuffix("_bwd")
-    for name in {file, "combine", "gate_up"}:  # unpermute launches through combine, d_activation through gate_up too
+    for name in {op, "combine", "gate_up"}:  # unpermute launches through combine, d_activation through gate_up too
         module = importlib.import_module(f"moe_kernels.backends.triton.{name}")
         module.launch = lambda device, launch: recorded.append(launch)
         if hasattr(module, "tiles"):
             module.tiles = tiles
-    function = getattr(importlib.import_module(f"moe_kernels.backends.triton.{file}"), op)
+    function = getattr(importlib.import_module(f"moe_kernels.backends.triton.{op}"), op)
     function(*arguments(op, variant))
     return recorded, rows
 

@@ -1,17 +1,14 @@
 """moe_experts against its definition: values and gradients, what is computed, what is kept."""
 
 import contextlib
-import importlib
 
 import pytest
 import torch
 
-from moe_kernels import use_backend
+from moe_kernels import backends, use_backend
 from moe_kernels.functional import routing_plan
 from tests.functional.experts import BOTH, NAMES, RECOMPUTE, SMALL, WIDE, gradients, inputs_of, naive, run
 from tests.helpers import LAYOUTS, NUMBERS, Case, Problem, assert_close, bitwise_equal
-
-module = importlib.import_module("moe_kernels.functional.moe_experts")  # the function has the same name
 
 CASES = [
     Case(13, 2, 4, 8, 5, block_m=16),
@@ -195,38 +192,6 @@ def test_bf16_data(weights):
         assert_close(grad.bfloat16(), expected[name], in_bf16[name], f"gradient of {name}")
 
 
-@pytest.mark.parametrize(
-    ("rows", "width", "gate_up_elements", "columns"),
-    [
-        (131072, 2048, 128 * 1536 * 2048, 2048),  # qwen3-30b at T=16384: 512 MiB of rows beside 768 MiB of gradient
-        (262144, 2048, 128 * 1536 * 2048, 1024),  # at T=32768: 1 GiB in two
-        (2**20, 2048, 8 * 512 * 2048, 256),  # few small experts: 4 GiB of rows, down to the narrowest
-        (1024, 2048, 8 * 512 * 2048, 2048),  # below the floor nothing is split
-        (2**20, 1000, 8 * 16 * 1000, 256),
-    ],
-    ids=lambda value: str(value),
-)
-def test_columns_of_a_chunk(rows, width, gate_up_elements, columns):
-    a = torch.empty(rows, 8, dtype=torch.bfloat16, device="meta")
-    assert module._chunk_columns(a, width, gate_up_elements) == columns
-
-
-@BOTH
-def test_column_chunks_give_the_same_result(recompute, monkeypatch, op_counter):
-    p = Problem(Case(40, 2, 4, 72, 16, block_m=16))
-    results = []
-    for chunked in (False, True):
-        if chunked:
-            monkeypatch.setattr(module, "_chunk_columns", lambda *_: 32)  # 72 = 32 + 32 + 8: a ragged last one
-        inputs = inputs_of(p)
-        with op_counter if chunked else contextlib.nullcontext():
-            out = run(p, inputs, recompute)
-            results.append([out, *gradients(out, inputs, p.d_out).values()])
-    assert op_counter.calls["combine"] == 2 * 3, "forward and backward in three chunks each"
-    for whole, chunked in zip(*results):
-        assert_close(chunked, whole.double())
-
-
 # What is done, and what is not
 
 
@@ -351,7 +316,7 @@ FEW = Case(10, 2, 4, 8, 5, block_m=16)
 )
 def test_few_tokens_without_a_gradient_need_no_plan(what, decodes, monkeypatch, op_counter):
     p = Problem(FEW._replace(E=1) if what == "many rows an expert" else FEW)
-    monkeypatch.setattr(module.backends, "is_first", lambda *_: what != "no kernel")  # here the reference stands in
+    monkeypatch.setattr(backends, "is_first", lambda *_: what != "no kernel")  # here the reference stands in
     inputs = inputs_of(p, frozen=() if what == "gradient" else NAMES)
     with op_counter, torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         out = run(p, inputs, plan=p.plan if what == "plan" else p.indices)

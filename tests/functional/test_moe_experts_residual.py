@@ -1,14 +1,10 @@
 """moe_experts(..., residual_TD=...): the sum of a shared expert, made where the experts' rows are summed."""
 
-import importlib
-
 import pytest
 import torch
 
-from moe_kernels.functional import moe_experts, routing_plan
+from moe_kernels.functional import _row_product, moe_experts, routing_plan
 from tests.helpers import relative_l2
-
-module = importlib.import_module("moe_kernels.functional.moe_experts")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 T, K, E, D, I = 70, 3, 8, 512, 64  # noqa: E741
@@ -39,8 +35,8 @@ def run(leaves, indices, residual, d_out, inside, **options):
 @pytest.mark.parametrize("device", DEVICES)
 def test_equals_an_addition_outside(device, recompute, chunked, monkeypatch):
     if chunked:  # two column chunks
-        monkeypatch.setattr(module, "_ROW_BUFFER_BYTES", 1)
-        monkeypatch.setattr(module, "_chunk_columns", lambda *_: 256)
+        monkeypatch.setattr(_row_product, "_ROW_BUFFER_BYTES", 1)
+        monkeypatch.setattr(_row_product, "_chunk_columns", lambda *_: 256)
     arguments = problem(device)
     actual = run(*arguments, inside=True, recompute=recompute)
     for a, b in zip(actual, run(*arguments, inside=False, recompute=recompute), strict=True):

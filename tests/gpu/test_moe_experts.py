@@ -1,13 +1,12 @@
 """The whole layer on the GPU, by the backends it picks: values, gradients, streams, threads, devices, no host sync."""
 
-import importlib
 import threading
 
 import pytest
 import torch
 
 from moe_kernels import use_backend
-from moe_kernels.functional import moe_experts, routing_plan, topk_route
+from moe_kernels.functional import _row_product, moe_experts, routing_plan, topk_route
 from tests.helpers import Case, Problem, assert_close, bitwise_equal, naive_moe
 
 pytestmark = pytest.mark.gpu
@@ -92,10 +91,9 @@ def test_gpt_oss_layout(poison, dtype):
 @DTYPES
 def test_column_chunks(monkeypatch, dtype):
     """Large products are made a few hundred columns at a time: same results within rounding."""
-    module = importlib.import_module("moe_kernels.functional.moe_experts")
     p = Problem(MEDIUM, "cuda", dtype)
     whole = step(p, leaves(p))
-    monkeypatch.setattr(module, "_chunk_columns", lambda *_: 96)
+    monkeypatch.setattr(_row_product, "_chunk_columns", lambda *_: 96)
     for a, b in zip(step(p, leaves(p)), whole):
         assert_close(a, b.double(), b)
 
