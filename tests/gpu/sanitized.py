@@ -19,6 +19,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -224,6 +225,11 @@ ROUTES = [  # T, E, K, groups, scoring, after the choice
 ]
 
 
+def padded_by_host(rows: Tensor, by: tuple[int, int], pad: Callable = F.pad) -> Tensor:
+    """``F.pad``, whose kernel on the GPU is torch's."""
+    return pad(rows.cpu(), by).to(rows.device)
+
+
 def run_topk_route() -> Iterator[str]:
     """Logits that lie apart and are the same numbers in every dtype: no rounding decides."""
     generator = torch.Generator().manual_seed(0)
@@ -238,11 +244,14 @@ def run_topk_route() -> Iterator[str]:
             d_weights = torch.randn(T, K, generator=generator)
             d_logits = ops.topk_route_bwd(d_weights, logits, indices, *rule)
             exact = ops.topk_route_bwd(d_weights, logits.double(), indices, *rule)
-        found = ops.topk_route(*map(sent, forward))
+        with mock.patch.object(F, "pad", padded_by_host):  # rows whose length is no multiple of four
+            found = (
+                *ops.topk_route(*map(sent, forward)),
+                ops.topk_route_bwd(*map(sent, (d_weights, logits, indices)), *rule),
+            )
         assert torch.equal(back(found[1]), indices), "other experts"
         assert_close(back(found[0]), weights.double(), weights, "weights")
-        found = ops.topk_route_bwd(*map(sent, (d_weights, logits, indices)), *rule)
-        assert_close(back(found), exact, d_logits, "d_logits")
+        assert_close(back(found[2]), exact, d_logits, "d_logits")
         yield f"T{T}-E{E}-K{K} {logits.dtype}"
 
 

@@ -18,7 +18,7 @@ from tests.gpu.hopper import BF16, How
 from tests.helpers import SKEWED, Case, Problem, make_indices
 from tests.ops import test_combine, test_decode_experts, test_permute
 from tests.ops.test_routing_plan import assert_same_plan
-from tests.tolerances import Together
+from tests.tolerances import RELATIVE_L2, Together
 
 FP16, FP32 = torch.float16, torch.float32
 #: Cases of a kind that make a soak.
@@ -280,7 +280,11 @@ def _check_router(drawn, number: int, device: str, backend: str) -> None:
         for op in sorted(implemented):
             first, second = (router.OPS[op].run(inputs) for _ in range(2))
             with torch.no_grad(), use_backend("reference"):
-                if op == "topk_route_bwd":
+                if op == "topk_route_bwd" and drawn.K == 1:
+                    # the weight is the scale whatever the logits: the truth is zero, what is left is rounding
+                    rounding = RELATIVE_L2[FP32] * drawn.scale * inputs.d_weights.abs().max()
+                    checks.true(first[0].abs().max() <= rounding, "d_logits: more than rounding where they are zero")
+                elif op == "topk_route_bwd":
                     floats = {"logits": inputs.logits.float(), "d_weights": inputs.d_weights.float()}
                     (true,), (plain,) = map(router.OPS[op].run, (inputs._replace(**floats), inputs))
                     _within(checks, "d_logits", first[0], true, plain, router.TIMES_YARDSTICK)
