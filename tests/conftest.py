@@ -1,4 +1,5 @@
-"""Fixtures of every test: where an op runs, poisoned memory, a counter of op calls, the gpu marker.
+"""Fixtures of every test: where an op runs, a stand-in for the extension, poisoned memory, a counter of op calls, the
+gpu marker.
 
 Without a GPU the Triton kernels run in Triton's interpreter. ``@triton.jit`` decides what it makes when a module is
 imported, so triton and the kernels are imported here under TRITON_INTERPRET=1; the variable is then taken back, and
@@ -35,6 +36,7 @@ if not HAS_CUDA:
         del os.environ[_INTERPRET]
 
 from moe_kernels import backends, use_backend  # noqa: E402
+from moe_kernels.backends.cuda import _extension  # noqa: E402
 from tests.helpers import Target  # noqa: E402
 
 
@@ -117,11 +119,39 @@ def pytest_pyfunc_call(pyfuncitem):
 def _forget_choices():
     """What the device can run depends on the interpreter's variable, which the library reads once."""
     backends._resolve.cache_clear()
+    backends._can.cache_clear()
     for backend in backends.ORDER:
         module = importlib.import_module(f"moe_kernels.backends.{backend}")
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """A stand-in for ``_C``, so that what depends on it alone can be tested where it isn't built."""
+
+    class Extension:
+        NONE, FLOAT32, BFLOAT16, FLOAT16 = range(4)
+        architectures = "80,90,100,120"
+        cuda_version = "13.0"
+        driver_version = staticmethod(lambda: 13000)
+        sm90 = True
+        TILE_N = 256
+        ACTIVATIONS = {"swiglu": (0, True)}  # noqa: RUF012  as the module has it
+        Plan = collections.namedtuple("Plan", "offsets slots tiles num_tiles num_experts num_rows top_k")
+        Weights = collections.namedtuple("Weights", "data rows columns row_stride expert_stride")
+
+    def forget():
+        _forget_choices()
+        for function in (_extension.unavailable, _extension.dtype_codes, _extension._activations):
+            function.cache_clear()
+
+    monkeypatch.setattr(_extension, "_load", lambda: Extension)
+    forget()
+    yield Extension
+    monkeypatch.undo()
+    forget()
 
 
 # Poison

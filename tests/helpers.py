@@ -308,6 +308,25 @@ def doubled(*tensors):
     return tuple(t.double() if isinstance(t, Tensor) else t for t in tensors)
 
 
+# Places in memory
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """The same, contiguous, three elements into memory with garbage all around: at no multiple of 16 bytes."""
+    size = tensor.numel()
+    return _garbage(tensor, size + 8)[3 : 3 + size].view(tensor.shape).copy_(tensor)
+
+
+def odd_rows(tensor: Tensor) -> Tensor:
+    """The same; its rows begin as badly, and lie an odd number of elements apart with garbage between."""
+    *rows, width = tensor.shape
+    return _garbage(tensor, *rows, (width + 6) | 1)[..., 3 : 3 + width].copy_(tensor)
+
+
+def _garbage(like: Tensor, *shape: int) -> Tensor:
+    return like.new_full(shape, torch.nan if like.is_floating_point() else 10**6)
+
+
 # Arguments of the ops
 
 

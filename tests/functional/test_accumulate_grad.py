@@ -230,6 +230,38 @@ def test_post_accumulate_grad_hooks():
     assert len(seen) == 1 and bitwise_equal(seen[0], inputs["w_gate_up"].grad)
 
 
+def seen_at_the_node(kind, accumulate_grad):
+    """Over three micro-steps, what a hook on the node of a weight is handed and what it finds in ``.grad``."""
+    p, handed, found = Problem(WIDE), [], []
+    inputs = leaves(p)
+    w = inputs["w_down"]
+    node = torch.autograd.graph.get_gradient_edge(w).node
+
+    def hook(*gradients):
+        handed.append(gradients[-1][0])
+        found.append(torch.zeros_like(w) if w.grad is None else w.grad.clone())
+
+    getattr(node, kind)(hook)
+    for i in range(3):
+        forward(p, inputs, accumulate_grad=accumulate_grad).backward(p.d_out * (i + 1))
+    return handed, found
+
+
+def test_hooks_that_run_after_the_node_find_the_same_sums():
+    """Nobody sees them and says so; they are handed no gradient, but what they find in ``.grad`` is right."""
+    (handed, found), (gradients, expected) = (seen_at_the_node("register_hook", on) for on in (True, False))
+    assert all(map(bitwise_equal, found, expected))
+    assert bitwise_equal(handed[0], gradients[0]) and handed[1:] == [None, None]
+
+
+def test_hooks_that_run_before_the_node_are_handed_no_gradient():
+    """A hole, and no warning of it: from the second micro-step on the gradient is in ``.grad`` by then."""
+    (handed, found), (gradients, expected) = (seen_at_the_node("register_prehook", on) for on in (True, False))
+    assert bitwise_equal(handed[0], gradients[0]) and handed[1:] == [None, None]
+    assert bitwise_equal(found[0], expected[0])
+    assert all(bitwise_equal(ours, sums + d) for ours, sums, d in zip(found[1:], expected[1:], gradients[1:]))
+
+
 def test_autograd_grad():
     p = Problem(WIDE)
     inputs, once = steps(p, 1), steps(p, 1, accumulate_grad=False)

@@ -215,13 +215,27 @@ def run_decode_experts() -> Iterator[str]:
         yield f"{case} {p.x.dtype}"
 
 
-ROUTES = [  # T, E, K, groups, scoring, after the choice
-    (1, 8, 2, 1, 1, "softmax", False),
-    (65, 128, 8, 1, 1, "softmax", False),
-    (33, 256, 8, 8, 4, "sigmoid", False),
-    (130, 511, 22, 1, 1, "sigmoid", False),
-    (40, 96, 6, 1, 1, "sqrtsoftplus", False),
-    (17, 129, 4, 1, 1, "softmax", True),
+class Route(NamedTuple):
+    T: int
+    E: int
+    K: int
+    dtype: torch.dtype
+    scoring: str
+    groups: tuple[int, int] = (1, 1)  # of experts, and how many of them are kept
+    after: bool = False  # scores the chosen alone
+    biased: bool = False
+
+
+ROUTES = [
+    Route(1, 8, 2, BF16, "softmax"),
+    Route(65, 128, 8, FP32, "softmax"),
+    Route(33, 256, 8, BF16, "sigmoid", (8, 4)),
+    Route(130, 511, 22, FP32, "sigmoid"),
+    Route(40, 96, 6, BF16, "sqrtsoftplus"),
+    Route(17, 129, 4, FP32, "softmax", after=True),
+    Route(40, 96, 6, FP16, "sqrtsoftplus", (4, 2), biased=True),
+    Route(33, 257, 12, FP32, "sigmoid", biased=True),  # a bias that is padded, too
+    Route(5, 1024, 32, FP16, "softmax"),  # the most experts, the most of them chosen
 ]
 
 
@@ -231,13 +245,14 @@ def padded_by_host(rows: Tensor, by: tuple[int, int], pad: Callable = F.pad) -> 
 
 
 def run_topk_route() -> Iterator[str]:
-    """Logits that lie apart and are the same numbers in every dtype: no rounding decides."""
+    """Logits that lie apart and are the same numbers in every dtype: no rounding decides, with a bias of 0 or 2 too."""
     generator = torch.Generator().manual_seed(0)
-    for i, (T, E, K, groups, kept, scoring, after) in enumerate(ROUTES):
-        logits = (torch.rand(T, E, generator=generator).argsort(-1) - E // 2) / 64
-        logits = logits.to((BF16, FP32)[i % 2])
-        rule = scoring, after, True, 1e-20, 1.0
-        forward = [logits, None, K, *rule, groups, kept]
+    for route in ROUTES:
+        T, E, K = route[:3]
+        logits = ((torch.rand(T, E, generator=generator).argsort(-1) - E // 2) / 64).to(route.dtype)
+        bias = torch.arange(E) % 3 // 2 * 2.0 if route.biased else None
+        rule = route.scoring, route.after, True, 1e-20, 1.0
+        forward = [logits, bias, K, *rule, *route.groups]
         with use_backend("reference"):
             weights, indices = ops.topk_route(*forward)
             # Not the weights themselves: renormalised, nearly all of their gradient would cancel.
@@ -252,7 +267,7 @@ def run_topk_route() -> Iterator[str]:
         assert torch.equal(back(found[1]), indices), "other experts"
         assert_close(back(found[0]), weights.double(), weights, "weights")
         assert_close(back(found[2]), exact, d_logits, "d_logits")
-        yield f"T{T}-E{E}-K{K} {logits.dtype}"
+        yield f"T{T}-E{E}-K{K}-{route.scoring} {logits.dtype}"
 
 
 class Calls(TorchDispatchMode):

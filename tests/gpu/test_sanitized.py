@@ -30,6 +30,15 @@ def test_every_layout_is_watched_along_with_both_storages_and_all_that_gate_up_k
     }
 
 
+def test_routers_of_every_kind_are_watched():
+    routes = sanitized.ROUTES
+    assert {route.dtype for route in routes} == {torch.bfloat16, torch.float16, torch.float32}
+    assert {(route.scoring, route.biased) for route in routes} >= {("sigmoid", True), ("sqrtsoftplus", True)}
+    assert {route.scoring for route in routes if route.groups != (1, 1)} == {"sigmoid", "sqrtsoftplus"}
+    assert max((route.E, route.K) for route in routes) == (1024, 32)
+    assert {route.biased for route in routes if route.E % 4} == {False, True}, "what is padded, a bias as well"
+
+
 def test_processes_at_once_have_ports_of_their_own():
     ports = [int(line[line.index("--port") + 1]) for line in (command(t, p) for t in TOOLS for p in PARTS)]
     assert all(after - before >= 20 for before, after in itertools.pairwise(ports)) and max(ports) < 65000

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.helpers import Case, Problem, assert_close, bitwise_equal
+from tests.helpers import Case, Problem, assert_close, bitwise_equal, odd_rows, shifted
 
 OP = "combine"
 
@@ -64,6 +64,28 @@ def test_strided_inputs(target):
     wide[:, 64:] = p.y
     strided = run(p, wide[:, 64:], p.weights.T.contiguous().T, p.residual.T.contiguous().T)
     assert bitwise_equal(strided, expected)
+
+
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+def test_inputs_that_are_not_aligned(target, place):
+    p = Problem(CASES[3], target.device, target.dtype)
+    expected = run(p, p.y, p.weights, p.residual)
+    p.plan = p.plan._replace(positions_TK=shifted(p.plan.positions_TK))
+    assert bitwise_equal(run(p, place(p.y), place(p.weights), place(p.residual)), expected)
+
+
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+def test_an_output_that_is_not_aligned(target, place):
+    """With a residual apart and, as an output may be, in the same place; what lies around it stays."""
+    p = Problem(CASES[3], target.device, target.dtype)
+    expected = run(p, p.y, p.weights, p.residual)
+    out = place(p.residual)
+    around = out._base.clone()
+    for residual in (out, p.residual):
+        run(p, p.y, p.weights, residual, out)
+        assert bitwise_equal(out.contiguous(), expected)
+        out.copy_(p.residual)
+        assert bitwise_equal(out._base, around), "written beside the output"
 
 
 def test_residual_may_be_the_output(target):

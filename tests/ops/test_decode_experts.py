@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from tests.helpers import LAYOUTS, Case, Problem, assert_close, bitwise_equal, doubled, naive_moe, op_arguments
+from tests.helpers import (
+    LAYOUTS,
+    Case,
+    Problem,
+    assert_close,
+    bitwise_equal,
+    doubled,
+    naive_moe,
+    odd_rows,
+    op_arguments,
+    shifted,
+)
 
 OP = "decode_experts"
 
@@ -78,6 +89,15 @@ def test_strided_inputs(target):
     w_down = torch.stack([p.w_down, -p.w_down], 1)[:, 0]
     assert not x.is_contiguous() and not w_down.is_contiguous()
     assert bitwise_equal(run(p, x=x, w_gate_up=w_gate_up, w_down=w_down), run(p))
+
+
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+@pytest.mark.parametrize("case", [SMALL, CASES[0]], ids=str)  # a block belongs to an expert, to a row
+def test_inputs_that_are_not_aligned(target, case, place):
+    p = Problem(case, target.device, target.dtype)
+    names = ("x", "indices", "weights", "w_gate_up", "w_down")
+    placed = {name: place(getattr(p, name)) for name in names}
+    check(p, run(p, **placed, b_gate_up=place(p.bias_gate_up), b_down=place(p.bias_down)))
 
 
 def test_reruns_are_bitwise_equal(target):

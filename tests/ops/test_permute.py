@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.helpers import Case, Problem, assert_close, bitwise_equal
+from tests.helpers import Case, Problem, assert_close, bitwise_equal, odd_rows, shifted
 
 OP = "permute"
 
@@ -61,6 +61,15 @@ def test_strided_input(target, weighted):
     assert bitwise_equal(run(p, p.x.T.contiguous().T, weights), expected)
     if weighted:
         assert bitwise_equal(run(p, p.x, weights.T.contiguous().T), expected)
+
+
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+@pytest.mark.parametrize("weighted", [False, True], ids=["copy", "weighted"])
+def test_inputs_that_are_not_aligned(target, weighted, place):
+    p = Problem(CASES[3], target.device, target.dtype)
+    expected = run(p, p.x, p.weights if weighted else None)
+    p.plan = p.plan._replace(**{name: shifted(getattr(p.plan, name)) for name in p.plan._fields[:3]})
+    assert bitwise_equal(run(p, place(p.x), place(p.weights) if weighted else None), expected)
 
 
 def test_a_dropped_slots_weight_does_not_matter(target):

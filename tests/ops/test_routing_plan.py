@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from moe_kernels import functional
 from moe_kernels.ops.routing_plan import max_tiles
 from tests.helpers import Case, bitwise_equal, make_indices, naive_plan
 
@@ -61,6 +62,22 @@ def test_strided_indices(target):
         assert not indices.is_contiguous()
         actual = torch.ops.moe_kernels.routing_plan(indices, case.E, case.block_m)
         assert_same_plan(actual, naive_plan(indices.contiguous(), case.E, case.block_m))
+
+
+@pytest.mark.parametrize("ids", [torch.int64, torch.int32], ids=["int64", "int32"])
+def test_more_slots_than_int32_counts(ids):
+    """A tensor without memory has as many; one slot less will do."""
+    indices = torch.empty(2**28, 8, dtype=ids, device="meta")
+    message = (
+        r"routing_plan: expert_indices must be smaller than 2\*\*31 slots, got a int.. tensor of shape \[268435456, 8"
+    )
+    for plan in (torch.ops.moe_kernels.routing_plan, functional.routing_plan):
+        with pytest.raises(ValueError, match=message):
+            plan(indices, 128, block_m=128)
+    slots = 2**31 - 1
+    offsets, slots_R, positions, tiles = torch.ops.moe_kernels.routing_plan(indices.view(-1, 1)[:slots], 128, 128)
+    assert offsets.shape == (129,) and slots_R.shape == (slots,) and positions.shape == (slots, 1)
+    assert tiles.shape == (2, slots // 128 + 128)
 
 
 def test_rerun_is_bitwise_equal(target):

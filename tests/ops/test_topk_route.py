@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from moe_kernels.functional import topk_route
-from tests.helpers import Target, assert_close, bitwise_equal
+from tests.helpers import Target, assert_close, bitwise_equal, odd_rows, shifted
 from tests.tolerances import RELATIVE_L2
 
 OP = "topk_route"
@@ -203,6 +203,28 @@ def test_strided_logits(target):
         whole = topk_route(view.contiguous(), 3)
         for ours, expected in zip(topk_route(view, 3), whole):
             assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("experts", [20, 21])
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+def test_rows_that_are_not_aligned(target, place, experts):
+    """Of logits, bias, and all that the backward reads."""
+    how = {"scoring": "sigmoid", "renormalize": True, "epsilon": 1e-20, "scale": 2.5}
+    logits, bias = place(logits_of(33, experts, target)), place(torch.linspace(0.6, -0.6, experts).to(target.device))
+    weights, indices = topk_route(logits, 4, selection_bias_E=bias, **how)
+    z = logits.double()
+    assert torch.equal(indices.cpu(), naive_indices((z.sigmoid() + bias.double()).cpu(), 4))
+    assert_close(weights, naive_weights(z, indices, **how), what="weights")
+
+    d_weights = torch.randn(weights.shape, generator=torch.Generator().manual_seed(0)).to(target.device)
+    rule = "sigmoid", False, True, 1e-20, 2.5
+    d_logits = torch.ops.moe_kernels.topk_route_bwd(place(d_weights), logits, place(indices), *rule)
+
+    def gradient(dtype):
+        leaf = logits.to(dtype, copy=True).requires_grad_()
+        return torch.autograd.grad(naive_weights(leaf, indices, **how), leaf, d_weights.to(dtype))[0]
+
+    assert_close(d_logits, gradient(torch.float64), gradient(target.dtype), "d_logits")
 
 
 @st.composite

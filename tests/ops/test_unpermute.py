@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.helpers import Case, Problem, assert_close, bitwise_equal
+from tests.helpers import Case, Problem, assert_close, bitwise_equal, odd_rows, shifted
 
 OP = "unpermute"
 
@@ -40,6 +40,14 @@ def test_strided_input(target):
         assert bitwise_equal(torch.ops.moe_kernels.unpermute(rows, p.plan.positions_TK, p.weights), expected)
     columns = p.y.T.contiguous().T
     assert bitwise_equal(torch.ops.moe_kernels.unpermute(columns, p.plan.positions_TK, p.weights), expected)
+
+
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+def test_inputs_that_are_not_aligned(target, place):
+    p = Problem(CASES[3], target.device, target.dtype)
+    expected = torch.ops.moe_kernels.unpermute(p.y, p.plan.positions_TK, p.weights)
+    placed = place(p.y), shifted(p.plan.positions_TK), place(p.weights)
+    assert bitwise_equal(torch.ops.moe_kernels.unpermute(*placed), expected)
 
 
 def test_rerun_is_bitwise_equal(target):
