@@ -4,6 +4,8 @@
 //     d z[e]     = p (d p - sum over K of d p p) | d p p (1 - p) | d p sigmoid(z) / (2 p)         logits [T, E]
 //     d logits   = d z, times 1 - tanh^2 under a cap                                             -> [T, E]
 //
+// A slot whose index lies outside 0..E-1 has no expert: it is in no sum and gets nothing.
+//
 // A token belongs to a team of 8 lanes (up to 256 experts) or a whole warp. What the K chosen get is put into a row of
 // zeros in shared memory, which the team then writes four elements a lane at a time: one pass over d_logits and no
 // scattered stores. Only a softmax before top-k reads the whole row, for its maximum and its sum, and gives every
@@ -44,7 +46,8 @@ __device__ __forceinline__ void* row_of(void* data, DType dtype, int64_t first) 
     return static_cast<char*>(data) + first * (dtype == DType::kFloat32 ? 4 : 2);
 }
 
-// A chosen expert; scores and gradients on their way.
+// The chosen experts, kNone where a slot has none; scores and gradients on their way.
+constexpr int kNone = -1;
 struct Chosen {
     float z[kMostChosen], score[kMostChosen], d[kMostChosen];
     int expert[kMostChosen];
@@ -71,10 +74,12 @@ __global__ void __launch_bounds__(kThreads) topk_route_bwd_kernel(const RouteBac
     if constexpr (kDense) load_row<kLanes>(a.logits, a.logits_dtype, row, a.num_experts, lane, x);
 #pragma unroll 1
     for (int k = lane; k < a.top_k; k += kLanes) {
-        const int expert = static_cast<int>(a.indices[t * a.top_k + k]);
+        const int64_t index = a.indices[t * a.top_k + k];
+        const bool is_one = index >= 0 && index < a.num_experts;
+        const int expert = is_one ? static_cast<int>(index) : kNone;
         chosen.expert[k] = expert;
         chosen.d[k] = load_element(a.d_weights, a.d_weights_dtype, t * a.top_k + k) * rule.scale;
-        chosen.z[k] = load_element(a.logits, a.logits_dtype, row + expert);
+        chosen.z[k] = load_element(a.logits, a.logits_dtype, row + max(expert, 0));  // of none nobody looks at it
     }
 #pragma unroll
     for (int c = 0; c < kValues / kQuad; ++c) {
@@ -104,10 +109,14 @@ __global__ void __launch_bounds__(kThreads) topk_route_bwd_kernel(const RouteBac
         total = team_sum<kLanes>(total);
     } else if (scoring == Scoring::kSoftmax) {
 #pragma unroll 1
-        for (int k = lane; k < a.top_k; k += kLanes) top = fmaxf(top, capped(chosen.z[k], rule.soft_cap));
+        for (int k = lane; k < a.top_k; k += kLanes) {
+            if (chosen.expert[k] != kNone) top = fmaxf(top, capped(chosen.z[k], rule.soft_cap));
+        }
         top = team_max<kLanes>(top);
 #pragma unroll 1
-        for (int k = lane; k < a.top_k; k += kLanes) total += expf(capped(chosen.z[k], rule.soft_cap) - top);
+        for (int k = lane; k < a.top_k; k += kLanes) {
+            if (chosen.expert[k] != kNone) total += expf(capped(chosen.z[k], rule.soft_cap) - top);
+        }
         total = team_sum<kLanes>(total);
     }
 
@@ -117,6 +126,7 @@ __global__ void __launch_bounds__(kThreads) topk_route_bwd_kernel(const RouteBac
     float sum = 0.0f, pull = 0.0f;
 #pragma unroll 1
     for (int k = lane; k < a.top_k; k += kLanes) {
+        if (chosen.expert[k] == kNone) continue;
         const float p = score_of(capped(chosen.z[k], rule.soft_cap), top, inverse, scoring, rule.step);
         chosen.score[k] = p;
         sum += p;
@@ -133,12 +143,16 @@ __global__ void __launch_bounds__(kThreads) topk_route_bwd_kernel(const RouteBac
     pull = 0.0f;
     if (scoring == Scoring::kSoftmax) {
 #pragma unroll 1
-        for (int k = lane; k < a.top_k; k += kLanes) pull += (chosen.d[k] - of_sum) / divisor * chosen.score[k];
+        for (int k = lane; k < a.top_k; k += kLanes) {
+            if (chosen.expert[k] != kNone) pull += (chosen.d[k] - of_sum) / divisor * chosen.score[k];
+        }
         pull = team_sum<kLanes>(pull);
     }
     __syncwarp();  // the zeros are written
 #pragma unroll 1
     for (int k = lane; k < a.top_k; k += kLanes) {
+        const int expert = chosen.expert[k];
+        if (expert == kNone) continue;
         const float p = chosen.score[k];
         float d = (chosen.d[k] - of_sum) / divisor;
         if constexpr (!kDense) {
@@ -153,8 +167,7 @@ __global__ void __launch_bounds__(kThreads) topk_route_bwd_kernel(const RouteBac
             }
             d *= cap_slope(chosen.z[k], rule.soft_cap);
         }
-        const int expert = chosen.expert[k];
-        if (static_cast<unsigned>(expert) < static_cast<unsigned>(a.num_experts)) d_row[expert] = d;
+        d_row[expert] = d;
     }
     __syncwarp();
 
@@ -206,6 +219,9 @@ void topk_route_bwd(const RouteBackwardArguments& a, cudaStream_t stream) {
             kMostExperts, ", got ", a.num_experts);
     require(a.top_k >= 1 && a.top_k <= kMostChosen, "topk_route_bwd: top_k must be from 1 to ", kMostChosen, ", got ",
             a.top_k);
+    require_rule(needs, a.rule);
+    needs.dtype("logits_dtype", a.logits_dtype);
+    needs.dtype("d_weights_dtype", a.d_weights_dtype);
     const int element_bytes = a.logits_dtype == DType::kFloat32 ? 4 : 2;
     needs.present("d_weights", a.d_weights);
     needs.present("indices", a.indices);

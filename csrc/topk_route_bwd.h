@@ -13,7 +13,7 @@ struct RouteBackwardArguments {
     void* d_logits;          // [T, E], rows that start at a multiple of four elements and can be written to one
     const void* d_weights;   // [T, K] contiguous
     const void* logits;      // [T, E], likewise
-    const int64_t* indices;  // [T, K] contiguous, distinct in a row
+    const int64_t* indices;  // [T, K] contiguous, distinct in a row; outside 0..E-1: no expert
     int64_t d_logits_stride, logits_stride;
     int64_t tokens;
     int num_experts, top_k;

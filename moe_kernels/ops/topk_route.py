@@ -12,7 +12,8 @@
 
 ``score_after_topk`` picks on z and scores only the chosen (gpt-oss, Granite). ``round_scores`` rounds p and every later
 step to the dtype of the logits, as routers do that leave the fp32 to nobody (Mistral 4, DeepSeek-V4, LFM2).
-``topk_route_bwd`` is its backward: d_weights -> d_logits; the indices of a token are distinct.
+``topk_route_bwd`` is its backward: d_weights -> d_logits. The indices of a token are distinct; a slot whose index lies
+outside 0..E-1 has no expert: it weighs nothing in the sums and gives no gradient.
 """
 
 import torch
@@ -82,9 +83,16 @@ def _check_bwd(
 ):
     op = "topk_route_bwd"
     c.check_matrix(op, "d_weights", d_weights_TK, 2, "[T, K]")
+    c.check_matrix(op, "logits", logits_TE, 2, "[T, E]")
+    c.check_device(op, "logits", logits_TE, d_weights_TK, "d_weights")
+    c.check_size(op, "logits", logits_TE, 0, d_weights_TK.shape[0], "T of d_weights")
     _check_rule(op, scoring, min_sum, soft_cap)
-    if indices_TK.shape != d_weights_TK.shape:
-        c.fail(op, "indices", indices_TK, f"shaped like d_weights {list(d_weights_TK.shape)}")
+    experts = logits_TE.shape[1]
+    if not 1 <= d_weights_TK.shape[1] <= experts:
+        c.fail(op, "d_weights", d_weights_TK, f"of 1 to {experts} columns, the number of experts of logits")
+    if indices_TK.dtype not in c.INTEGERS or indices_TK.shape != d_weights_TK.shape:
+        c.fail(op, "indices", indices_TK, f"an int64 or int32 tensor shaped like d_weights {list(d_weights_TK.shape)}")
+    c.check_device(op, "indices", indices_TK, d_weights_TK, "d_weights")
 
 
 def _check_rule(op, scoring, min_sum, soft_cap):

@@ -68,22 +68,29 @@ def topk_route_bwd(
 ) -> Tensor:
     logits = logits_TE.to(accumulator(logits_TE.dtype))
     step = logits_TE.dtype if round_scores else logits.dtype
-    z = _cap(logits.gather(1, indices_TK) if score_after_topk else logits, soft_cap)
+    experts = logits.shape[1]
+    # Slots of no expert choose one more, whose score is 0.
+    is_one_TK = (indices_TK >= 0) & (indices_TK < experts)
+    indices_TK = torch.where(is_one_TK, indices_TK, experts).long()
+    z = F.pad(_cap(logits, soft_cap), (0, 1), value=-torch.inf)
+    zeros = torch.zeros_like(z)
+    if score_after_topk:
+        z = z.gather(1, indices_TK)
     scores = _score(z, scoring, step)
     chosen_TK = scores if score_after_topk else scores.gather(1, indices_TK)
-    d_chosen_TK = d_weights_TK.to(logits.dtype) * scale
+    d_chosen_TK = torch.where(is_one_TK, d_weights_TK.to(logits.dtype) * scale, 0)
     if renormalize:
         total, follows = _total(chosen_TK, epsilon, min_sum, step)
         d_total = (d_chosen_TK * chosen_TK).sum(-1, keepdim=True) / total
-        d_chosen_TK = (d_chosen_TK - torch.where(follows, d_total, 0)) / total
-    zeros_TE = torch.zeros_like(logits, memory_format=torch.contiguous_format)
+        d_chosen_TK = torch.where(is_one_TK, (d_chosen_TK - torch.where(follows, d_total, 0)) / total, 0)
     if score_after_topk:
-        d_z = zeros_TE.scatter(1, indices_TK, _score_bwd(d_chosen_TK, z, scores, scoring))
+        d_z = zeros.scatter(1, indices_TK, _score_bwd(d_chosen_TK, z, scores, scoring))
     else:
-        d_z = _score_bwd(zeros_TE.scatter(1, indices_TK, d_chosen_TK), z, scores, scoring)
+        d_z = _score_bwd(zeros.scatter(1, indices_TK, d_chosen_TK), z, scores, scoring)
+    d_z = d_z[:, :experts]
     if soft_cap > 0:
         d_z = d_z * (1 - torch.tanh(logits / soft_cap).square())
-    return d_z.to(logits_TE.dtype)
+    return torch.empty_like(logits_TE, memory_format=torch.contiguous_format).copy_(d_z)
 
 
 def _rounded(x: Tensor, step: torch.dtype) -> Tensor:

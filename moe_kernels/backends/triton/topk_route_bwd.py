@@ -1,6 +1,6 @@
 """topk_route_bwd: gradients of the weights -> gradients of the logits, scores computed again.
 
-    d_logits, from d_weights and the indices                                    [T, K] -> [T, E]
+    d_logits, from d_weights and the indices; nothing of an index outside 0..E-1      [T, K] -> [T, E]
 
 A program is one warp and up to MOST_TOKENS tokens. It writes the dense part of a row (softmax: -p * sum; otherwise
 zeros), then the K chosen over it after a barrier of its warp: one or two passes over the bytes of [T, E] and no product
@@ -52,8 +52,10 @@ def route_bwd_kernel(
     o_k = tl.arange(0, BLOCK_K)[None, :]
     m_k = m_t & (o_k < TOP_K)
 
-    chosen = tl.load(indices_ptr + o_t[:, None] * TOP_K + o_k, mask=m_k, other=0)
+    chosen = tl.load(indices_ptr + o_t[:, None] * TOP_K + o_k, mask=m_k, other=-1)
     d = tl.load(d_weights_ptr + o_t[:, None] * TOP_K + o_k, mask=m_k, other=0.0).to(tl.float32) * scale
+    m_k = (chosen >= 0) & (chosen < E)
+    d = tl.where(m_k, d, 0.0)
     raw = tl.load(p_row[:, None] + chosen, mask=m_k, other=float("-inf")).to(tl.float32)
     z = cap(raw, soft_cap, CAP)
     top = tl.zeros((BLOCK_T,), tl.float32)
