@@ -79,7 +79,7 @@ def run(session: Session, case: Case) -> tuple[Callable[[], None], dict]:
     row["forward_tflops"] = shape.forward_flops / measured.forward_ms / 1e9
     row["step_tflops"] = 3 * shape.forward_flops / measured.step_ms / 1e9
     if case.what == "experts":
-        row |= _compared(session, case, row)
+        row |= _compared(session, case)
     if case.implementation == ACCUMULATE:
         row["over_plain"] = _over_plain(layer, case)
     if case.routing == "uniform" and (case.what == "experts" or case.implementation not in EXPERTS):
@@ -120,27 +120,42 @@ def _over_plain(layer: Layer, case: Case) -> float:
     return times[ACCUMULATE] / times["moe_kernels"]
 
 
-def _compared(session: Session, case: Case, row: dict) -> dict:
+def _compared(session: Session, case: Case) -> dict:
     """The experts beside themselves on the uniform routing, and ours beside the bound."""
     compared = {} if case.implementation in STOCK else _over_bound(session, case)
-    uniform = session.find(FILE, case._replace(routing="uniform").name)
-    if case.routing != "uniform" and uniform:
-        compared["step_over_uniform"] = row["step_ms"] / uniform["step_ms"]
+    if case.routing != "uniform":
+        compared["step_over_uniform"] = _over_uniform(session, case)
     return compared
 
 
-def _over_bound(session: Session, case: Case) -> dict:
-    """Forward and step as multiples of t_b, whose products run in turn with them."""
-    layer, shape = session.layer(case.shape), case.shape
-    forward, leaves = layer.forward(case.what, case.routing, case.implementation), layer.leaves(case.what, case.routing)
+def _over_uniform(session: Session, case: Case) -> float:
+    """The time of a step as a multiple of that on the uniform routing, in turn."""
+    layer = session.layer(case.shape)
+    steps = {kind: _fresh_step(layer, case._replace(routing=kind)) for kind in (case.routing, "uniform")}
+    with backend_of(case.implementation):
+        times = medians_in_turn_ms(steps)
+    return times[case.routing] / times["uniform"]
+
+
+def _fresh_step(layer: Layer, case: Case) -> Callable[[], None]:
+    """A step that finds no ``.grad``; to be called inside ``backend_of``."""
+    forward = layer.forward(case.what, case.routing, case.implementation)
+    leaves = layer.leaves(case.what, case.routing)
 
     def step() -> None:
         for leaf in leaves:
             leaf.grad = None
         forward().backward(layer.d_out)
 
+    return step
+
+
+def _over_bound(session: Session, case: Case) -> dict:
+    """Forward and step as multiples of t_b, whose products run in turn with them."""
+    layer, shape = session.layer(case.shape), case.shape
+    forward = layer.forward(case.what, case.routing, case.implementation)
     with backend_of(case.implementation):
-        times = medians_in_turn_ms(ceilings.products(shape) | {"forward": forward, "step": step})
+        times = medians_in_turn_ms(ceilings.products(shape) | {"forward": forward, "step": _fresh_step(layer, case)})
     bound = session.bound(shape, case.routing, times)
     if case.routing == "uniform" and case.implementation == "moe_kernels":
         session.record(FILE, f"bound/{shape.name}", bound)

@@ -100,21 +100,32 @@ DEFAULT_SHAPES = ("qwen3-30b", "qwen3.5-35b", "olmoe-7b", "sonic-7b-n256")
 ALL_SHAPES = tuple(name for name in SHAPES if name != "tiny")
 ROW_SHAPES = ("qwen3-30b", "qwen3.5-35b", "olmoe-7b", "sonic-7b-n256", "dsv3-ep8", "mixtral", *OTHERS)
 ROUTINGS = ("uniform", "zipf", "one-hot")
+#: Of the order in which Zipf's ranks lie over the experts.
+_RANKS_SEED = 0
+
+
+def zipf_ranks(experts: int) -> "Tensor":
+    """The rank of each expert, from 1."""
+    import torch
+
+    return 1 + torch.randperm(experts, generator=torch.Generator().manual_seed(_RANKS_SEED))
 
 
 def routing(kind: str, shape: Shape, device: str, seed: int = 0) -> "tuple[Tensor, Tensor]":
     """Routing weights [T, K] (bf16, normalised) and distinct expert indices [T, K].
 
-    uniform: all experts alike; zipf: p ∝ rank^-1.2 by Gumbel top-k; one-hot: expert 0 in every token, the rest uniform.
+    uniform: all experts alike; zipf: p ∝ rank^-1.2 by Gumbel top-k, the ranks in an order that is random and always the
+    same; one-hot: the last expert in every token, the rest uniform. Kernels that take experts as they come have the
+    longest one last there, when no other work is left beside it; a rank that rises with the expert would hide that.
     """
     import torch
 
     generator = torch.Generator(device).manual_seed(seed)
     gumbel = -torch.rand(shape.T, shape.E, device=device, generator=generator).log_().neg_().log_()  # Gumbel noise
     if kind == "zipf":
-        gumbel -= 1.2 * torch.arange(1, shape.E + 1, device=device).log()
+        gumbel -= 1.2 * zipf_ranks(shape.E).to(device).log()
     elif kind == "one-hot":
-        gumbel[:, 0] = torch.inf
+        gumbel[:, -1] = torch.inf
     elif kind != "uniform":
         raise ValueError(f"routing: kind must be one of {', '.join(ROUTINGS)}, got {kind!r}")
     indices = gumbel.topk(shape.K).indices

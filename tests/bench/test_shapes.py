@@ -13,6 +13,7 @@ from moe_kernels.bench.shapes import (
     Kind,
     Shape,
     routing,
+    zipf_ranks,
 )
 
 SHAPE = Shape("small", 4000, 8, 8, 32, 4)
@@ -44,14 +45,23 @@ def test_uniform_gives_every_expert_its_share():
 
 
 def test_zipf_falls_as_the_rank_to_the_minus_one_point_two():
-    found = counts("zipf")
+    ranks, counted = zipf_ranks(SHAPE.E).tolist(), counts("zipf")
+    assert sorted(ranks) == list(range(1, SHAPE.E + 1))
+    found = [counted[ranks.index(rank)] for rank in range(1, SHAPE.E + 1)]
     assert found[0] > found[3] > found[10] > found[31] > 0
     # In the tail drawing without replacement changes little, and counts are in the ratio of the probabilities.
     assert found[15] / found[31] == pytest.approx(2**1.2, rel=0.2)
 
 
-def test_one_hot_sends_every_token_to_expert_0_and_the_rest_evenly():
-    hot, *rest = counts("one-hot")
+@pytest.mark.parametrize("experts", sorted({shape.E for shape in SHAPES.values()}))
+def test_zipf_does_not_put_the_longest_experts_first(experts):
+    ranks = zipf_ranks(experts)
+    assert torch.equal(ranks, zipf_ranks(experts)), "the same in every run"
+    assert ranks.argmin() > 0 and not torch.equal(ranks, ranks.sort().values)
+
+
+def test_one_hot_sends_every_token_to_the_last_expert_and_the_rest_evenly():
+    *rest, hot = counts("one-hot")
     share = (SHAPE.rows - SHAPE.T) / (SHAPE.E - 1)
     assert hot == SHAPE.T
     assert all(abs(count - share) < 0.2 * share for count in rest)
