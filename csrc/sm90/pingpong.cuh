@@ -214,12 +214,12 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
 
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
-        give_registers<kProducerRegisters>();
+        ptx::give_registers<kProducerRegisters>();
         const int rank = ptx::cluster_rank();
         if (thread == 0) produce<kN, kAcross>(p, shared, rank);
         if (thread == kWarpSize && rank == 0) draw_tiles(p, shared);
     } else {
-        take_registers<kConsumerRegisters>();
+        ptx::take_registers<kConsumerRegisters>();
         consume_in_turn<T, kN, kAcross, kStages, Epilogue>(p, args, shared, warpgroup - 1, thread);
     }
     ptx::cluster_sync();  // a block's shared memory must outlive what the other one sends there

@@ -9,6 +9,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/registers.cuh"
 #include "tile.h"
 
 namespace moe_kernels {
@@ -58,19 +59,9 @@ inline Divisor divisor(int d) {
     return {static_cast<uint32_t>(d), static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d)};
 }
 
-// The threads of one warpgroup meet; ids 1 and 2, 0 is __syncthreads.
+// The threads of one warpgroup meet: a consumer, or as number kConsumers the producer. 0 is the id of __syncthreads.
 __device__ __forceinline__ void warpgroup_sync(int consumer) {
     asm volatile("bar.sync %0, %1;" ::"r"(consumer + 1), "n"(kWarpgroup) : "memory");
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // Position in the ring of stages, and the parity of its current phase.

@@ -299,10 +299,10 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
 
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
-        give_registers<kGather ? 88 : 64>();
+        ptx::give_registers<kGather ? 88 : 64>();
         if (kGather || thread == 0) produce<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, thread);
     } else {
-        take_registers<kGather ? 208 : 216>();
+        ptx::take_registers<kGather ? 208 : 216>();
         consume<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, warpgroup - 1, thread);
     }
     ptx::cluster_sync();  // a block's shared memory must outlive what the other one sends there

@@ -275,7 +275,7 @@ def test_wgmma(run, width, across_a, across_b, steps, accumulate):
     assert_same(c, expected)
 
 
-# sm90/pipeline.cuh
+# registers.cuh
 
 
 def test_registers(run):
@@ -284,6 +284,9 @@ def test_registers(run):
     expected = values.flip(0)
     run("registers", values)
     assert_same(values, expected)
+
+
+# sm90/pipeline.cuh
 
 
 DIVISORS = [1, 2, 3, 5, 6, 7, 8, 10, 63, 64, 65, 641, 1000, 2**16 - 1, 2**16, 2**16 + 1, 2**30, 2**30 + 1, 2**31 - 1]

@@ -1,32 +1,8 @@
-// csrc/sm90/pipeline.cuh: setmaxnreg and the division.
+// csrc/sm90/pipeline.cuh: the division.
 #include "harness.cuh"
 
 namespace moe_kernels {
 namespace {
-
-constexpr int kHeld = 192;  // more than the registers of a thread of so large a block
-
-// values [192, 256] upside down, all of them in the consumers' registers in between; the producer's warpgroup gives
-// the registers for that, and watches.
-__global__ void __launch_bounds__(kBlockThreads, 1) registers_kernel(volatile int* values) {
-    __shared__ int done;
-    if (threadIdx.x == 0) done = 0;
-    __syncthreads();
-    if (threadIdx.x < kWarpgroup) {
-        give_registers<64>();
-        if (threadIdx.x == 0) watch(&done, kConsumers * kWarpgroup);
-    } else {
-        take_registers<216>();
-        values += threadIdx.x - kWarpgroup;
-        int held[kHeld];
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) held[i] = values[i * kConsumers * kWarpgroup];
-        warpgroup_sync(threadIdx.x / kWarpgroup - 1);
-#pragma unroll
-        for (int i = 0; i < kHeld; ++i) values[i * kConsumers * kWarpgroup] = held[kHeld - 1 - i];
-        atomicAdd(&done, 1);
-    }
-}
 
 __global__ void divide_kernel(int* quotients, const int* n, int count, Divisor d) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) quotients[i] = d.divide(n[i]);
@@ -35,10 +11,6 @@ __global__ void divide_kernel(int* quotients, const int* n, int count, Divisor d
 }  // namespace
 
 extern "C" {
-
-const char* registers(int* values, cudaStream_t stream) {
-    return run(registers_kernel, 1, kBlockThreads, 0, stream, values);
-}
 
 const char* divide(int* quotients, const int* n, int count, int d, cudaStream_t stream) {
     return run(divide_kernel, 1, kThreads, 0, stream, quotients, n, count, divisor(d));
