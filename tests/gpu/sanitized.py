@@ -239,9 +239,9 @@ ROUTES = [
 ]
 
 
-def padded_by_host(rows: Tensor, by: tuple[int, int], pad: Callable = F.pad) -> Tensor:
+def padded_by_host(rows: Tensor, by: tuple[int, int], value: float = 0.0, pad: Callable = F.pad) -> Tensor:
     """``F.pad``, whose kernel on the GPU is torch's."""
-    return pad(rows.cpu(), by).to(rows.device)
+    return pad(rows.cpu(), by, value=value).to(rows.device)
 
 
 def run_topk_route() -> Iterator[str]:
@@ -257,12 +257,14 @@ def run_topk_route() -> Iterator[str]:
             weights, indices = ops.topk_route(*forward)
             # Not the weights themselves: renormalised, nearly all of their gradient would cancel.
             d_weights = torch.randn(T, K, generator=generator)
-            d_logits = ops.topk_route_bwd(d_weights, logits, indices, *rule)
-            exact = ops.topk_route_bwd(d_weights, logits.double(), indices, *rule)
+            some = indices.clone()
+            some[::2, 0], some[1::3, 1] = -1, 2**40  # of no expert: nothing may be read or written there
+            d_logits = ops.topk_route_bwd(d_weights, logits, some, *rule)
+            exact = ops.topk_route_bwd(d_weights, logits.double(), some, *rule)
         with mock.patch.object(F, "pad", padded_by_host):  # rows whose length is no multiple of four
             found = (
                 *ops.topk_route(*map(sent, forward)),
-                ops.topk_route_bwd(*map(sent, (d_weights, logits, indices)), *rule),
+                ops.topk_route_bwd(*map(sent, (d_weights, logits, some)), *rule),
             )
         assert torch.equal(back(found[1]), indices), "other experts"
         assert_close(back(found[0]), weights.double(), weights, "weights")

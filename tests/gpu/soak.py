@@ -13,12 +13,12 @@ from torch import Tensor
 
 from moe_kernels import backends, use_backend
 from tests import helpers
-from tests.gpu import hopper
+from tests.gpu import hopper, soak_router
 from tests.gpu.hopper import BF16, How
 from tests.helpers import SKEWED, Case, Problem, make_indices
 from tests.ops import test_combine, test_decode_experts, test_permute
 from tests.ops.test_routing_plan import assert_same_plan
-from tests.tolerances import RELATIVE_L2, Together
+from tests.tolerances import Together
 
 FP16, FP32 = torch.float16, torch.float32
 #: Cases of a kind that make a soak.
@@ -140,20 +140,6 @@ def _draw_decode(r: random.Random) -> DecodeCase:
     return DecodeCase(case, r.choice((BF16, FP16)), _coin(r), ids, r.choice(("same", "float32")))
 
 
-def _draw_router(r: random.Random):
-    """A Router of moe_kernels.bench, whose limits are those of the benchmarks."""
-    from moe_kernels.bench import router  # imports Transformers, which takes seconds
-
-    groups, kept = r.choice(((1, 1), (1, 1), (2, 1), (4, 2), (8, 3), (8, 4)))
-    size = r.randint(2, 512 // groups)
-    K, scoring = r.randint(1, min(24, kept * size, groups * size - 1)), r.choice(("softmax", "sigmoid"))
-    biased, epsilon, scale = scoring == "sigmoid" and _coin(r), r.choice((0.0, 1e-20)), r.choice((1.0, 2.5))
-    name = f"T{(T := r.randint(1, 700))}-E{groups * size}-K{K}"
-    return router.Router(
-        name, T, 64, groups * size, K, r.choice((BF16, FP32)), scoring, biased, epsilon, scale, (groups, kept)
-    )
-
-
 # Checking: a case asks the GPU for numbers once, at its end, so that an error of the GPU has the name of its case
 
 
@@ -270,46 +256,6 @@ def _check_decode(drawn: DecodeCase, number: int, device: str, backend: str) -> 
         checks.close(first, decoded(p, *helpers.doubled(*inputs)), decoded(p, *inputs))
 
 
-def _check_router(drawn, number: int, device: str, backend: str) -> None:
-    """What ``router.check`` checks, in one go."""
-    from moe_kernels.bench import router
-
-    inputs = router.inputs_of(drawn, device)
-    implemented = {"topk_route", "topk_route_bwd"} & backends.IMPLEMENTS[backend]
-    with Together() as checks:
-        for op in sorted(implemented):
-            first, second = (router.OPS[op].run(inputs) for _ in range(2))
-            with torch.no_grad(), use_backend("reference"):
-                if op == "topk_route_bwd" and drawn.K == 1:
-                    # the weight is the scale whatever the logits: the truth is zero, what is left is rounding
-                    rounding = RELATIVE_L2[FP32] * drawn.scale * inputs.d_weights.abs().max()
-                    checks.true(first[0].abs().max() <= rounding, "d_logits: more than rounding where they are zero")
-                elif op == "topk_route_bwd":
-                    floats = {"logits": inputs.logits.float(), "d_weights": inputs.d_weights.float()}
-                    (true,), (plain,) = map(router.OPS[op].run, (inputs._replace(**floats), inputs))
-                    _within(checks, "d_logits", first[0], true, plain, router.TIMES_YARDSTICK)
-                else:
-                    true, experts = router.choose(inputs, inputs.logits.float(), FP32)
-                    plain, _ = router.choose(inputs, inputs.logits)
-                    unsure = ~router.decided(inputs, inputs.logits)[:, None]
-                    checks.true((unsure | (first[1] == experts)).all(), "other experts")
-                    weights = (each.masked_fill(unsure, 0) for each in (first[0], true, plain))
-                    _within(checks, "weights", *weights, router.TIMES_YARDSTICK)
-            _same_bits(checks, first, second)
-
-
-def _within(checks: Together, what: str, value: Tensor, true: Tensor, plain: Tensor, times: float) -> None:
-    """L2 errors: that of ``value`` is at most so many times that of plain torch, or of one rounding to bf16."""
-    errors = [(each.float() - true).double().norm() for each in (value, plain, true.bfloat16())]
-
-    def judge(found: list[float]) -> None:
-        error, *yardsticks = found
-        limit = times * max(yardsticks)
-        assert error <= limit, f"{what}: L2 error {error:.2e}, allowed {limit:.2e}"  # fails on NaN, too
-
-    checks.ask(torch.stack(errors), judge)
-
-
 def _problem(case: Case, number: int, device: str, dtype: torch.dtype) -> Problem:
     return Problem(case, device, dtype, torch.Generator(device).manual_seed(number))
 
@@ -329,7 +275,7 @@ KINDS = {
     "unpermute": Kind(_draw_permute, _check_unpermute),
     "combine": Kind(_draw_combine, _check_combine),
     "decode_experts": Kind(_draw_decode, _check_decode),
-    "topk_route": Kind(_draw_router, _check_router),
+    "topk_route": Kind(soak_router.draw, soak_router.check),
 }
 
 

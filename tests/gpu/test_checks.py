@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_kernels import use_backend
 from tests import helpers
-from tests.gpu import checks, hopper, soak
+from tests.gpu import checks, hopper, soak, soak_router
 from tests.gpu.soak import CHUNK, FEW, FULL, KINDS
 
 
@@ -52,13 +53,56 @@ def test_other_kinds_have_every_combination_of_their_switches(kind):
             }
             assert max(d.case.T * d.case.K for d in drawn) <= 2048
         case "topk_route":
-            assert len({(d.scoring, d.biased, d.groups, d.dtype) for d in drawn}) == 3 * 5 * 2
+            rules = {(d.scoring, d.after, d.bias_dtype is None, d.num_groups > 1, d.rounds) for d in drawn}
+            assert len(rules) == 3 * 2**4
+            numbers = {(d.renormalize, d.min_sum, d.soft_cap, d.weights_dtype) for d in drawn}
+            assert len(numbers) == 2 * 3 * 3 * 3
+            of_groups = {(d.group_score, d.losers_zero, d.num_groups) for d in drawn if d.bias_dtype is not None}
+            assert len(of_groups) == 2 * 2 * 5 and {d.dtype for d in drawn} == {soak.BF16, soak.FP16, soak.FP32}
+            assert max(d.E for d in drawn) > 1000 and max(d.K for d in drawn) == 32
+            assert any(d.K == d.E for d in drawn) and any(d.E == d.num_groups > 1 for d in drawn)
+
+
+def decided(logits, dtype=torch.float32, **changed):
+    """Which tokens with these logits have experts that hang on no rounding; a sigmoid with a bias of zeros."""
+    logits = torch.tensor(logits, dtype=dtype)
+    case = soak.draw("topk_route", 0)._replace(E=logits.shape[1], K=2, dtype=dtype, bias_dtype=torch.float32)
+    plain = {"scoring": "sigmoid", "after": False, "num_groups": 1, "top_groups": 1, "soft_cap": 0.0}
+    case = case._replace(**plain | {"round_scores": False} | changed)
+    bias = None if case.bias_dtype is None else torch.zeros(logits.shape[1])
+    inputs = soak_router.Inputs(logits, bias, logits[:, :2])
+    with use_backend("reference"):
+        return soak_router.decided(case, inputs, soak_router.forward(case, inputs)[1]).tolist()
+
+
+def test_a_choice_that_hangs_on_a_rounding_is_not_compared():
+    apart, near, tie = [0.5, 0.4, 0.3, 0.2], [0.5, 0.4, 0.400001, 0.2], [0.5, 0.3, 0.3, 0.1]
+    behind = [0.5, 0.4, 0.1, 0.100001]
+    assert decided([apart, near, tie, behind]) == [True, False, False, True]
+    assert decided([apart, near, tie, behind], bias_dtype=None) == [True] * 4, "logits are compared as they are"
+    assert decided([apart, near, tie, behind], after=True) == [True] * 4, "a sum of the same two numbers"
+    # Scores of bf16 numbers that round to one and the same bf16 number tie exactly: the lower index is better.
+    assert decided([[4.0, 3.984375, 3.0, 2.0]], torch.bfloat16, round_scores=True) == [True]
+    groups = {"num_groups": 2, "top_groups": 1, "group_score": "max"}
+    assert decided([apart, [0.5, 0.4, 0.500001, 0.2]], bias_dtype=None, **groups) == [True, False]
+
+
+def test_nearly_every_token_of_a_router_is_compared():
+    drawn = [(n, soak.draw("topk_route", n)) for n in range(150)]
+    shares = []
+    for n, case in drawn:
+        if case.T * case.E < 5e4:
+            inputs = soak_router.inputs_of(case, n, "cpu")
+            with use_backend("reference"):
+                found = soak_router.decided(case, inputs, soak_router.forward(case, inputs)[1])
+            shares.append(found.float().mean().item())
+    assert len(shares) > 50 and sum(shares) / len(shares) > 0.97 and min(shares) > 0.5
 
 
 def work(drawn) -> int:
     """Multiplications, about."""
     if not hasattr(drawn, "case"):
-        return drawn.T * drawn.E * drawn.D
+        return 100 * drawn.T * drawn.E
     case = drawn.case
     return (case.T * case.K + 10 * case.E) * max(case.N * case.D, 1)
 
