@@ -89,7 +89,10 @@ void combine(const CombineArguments& a, cudaStream_t stream) {
     needs.rows("out", a.out, a.out_stride, a.tokens, element_bytes);
     needs.rows("y", a.y, a.y_stride, a.tokens * a.top_k, element_bytes);
     if (a.residual != nullptr) needs.rows("residual", a.residual, a.residual_stride, a.tokens, element_bytes);
-    if (a.top_k > 0) needs.present("positions", a.positions);
+    if (a.top_k > 0) {
+        needs.present("positions", a.positions);
+        require_weights(needs, a.weights, a.weights_dtype);
+    }
     launch_token_rows<kThreads>("combine", a, [&](auto element, auto top_k, dim3 grid, dim3 block) {
         combine_kernel<decltype(element), decltype(top_k)::value><<<grid, block, 0, stream>>>(a);
         check_launch("combine_kernel");

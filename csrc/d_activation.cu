@@ -252,7 +252,7 @@ void d_activation(const DActivationArguments& a, const Plan& plan, const Launch&
     needs.aligned("a", a.a);
     needs.present("partial", a.partial);
     needs.present("weights", a.weights);
-    require(a.weights_dtype != DType::kNone, needs.op, ": weights_dtype must be float32, bfloat16 or float16");
+    needs.dtype("weights_dtype", a.weights_dtype);
     with_activation(needs.op, a.activation, [&](auto activation, auto layout) {
         launch_d_activation<T, activation.value, layout.value>(a, plan, launch);
     });

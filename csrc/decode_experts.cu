@@ -375,12 +375,19 @@ void decode_experts(const DecodeArguments& a, int num_sms, cudaStream_t stream) 
             kMostDecodeRows, ", got ", a.tokens, " * ", a.top_k);
     needs.multiple("hidden", a.hidden, 8);
     needs.multiple("inner", a.inner, 8);
+    require(a.num_experts >= 1, "decode_experts: num_experts must be positive, got ", a.num_experts);
+    require(num_sms >= 1, "decode_experts: num_sms must be positive, got ", num_sms);
     needs.aligned("x", a.x);
     needs.aligned("a", a.a);
     needs.aligned("y", a.y);
     needs.aligned("out", a.out);
+    require(a.activation >= Activation::kSwiGLU && a.activation <= Activation::kReLU2, "decode_experts: no activation ",
+            static_cast<int>(a.activation));
     needs.weights(a.gate_up, a.num_experts, is_gated(a.activation) ? 2 * a.inner : a.inner, a.hidden);
     needs.weights(a.down, a.num_experts, a.hidden, a.inner);
+    needs.present("indices", a.indices);
+    needs.present("routing_weights", a.routing_weights);
+    needs.dtype("routing_weights_dtype", a.routing_weights_dtype);
     require(!a.interleaved || is_gated(a.activation), "decode_experts: interleaved needs a gated activation");
     require(a.index_bytes == 4 || a.index_bytes == 8, "decode_experts: index_bytes must be 4 or 8, got ",
             a.index_bytes);

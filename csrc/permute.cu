@@ -86,6 +86,7 @@ void permute(const PermuteArguments& a, cudaStream_t stream) {
     needs.rows("x", a.x, a.x_stride, a.tokens, element_bytes);
     needs.present("offsets", a.offsets);
     needs.present("positions", a.positions);
+    require_weights(needs, a.weights, a.weights_dtype);
     launch_token_rows<kThreads>("permute", a, [&](auto element, auto top_k, dim3 grid, dim3 block) {
         permute_kernel<decltype(element), decltype(top_k)::value><<<grid, block, 0, stream>>>(a);
         check_launch("permute_kernel");

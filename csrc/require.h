@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "dtype.h"
 #include "plan.h"
 #include "weights.h"
 
@@ -31,6 +32,11 @@ struct Needs {
 
     void present(const char* name, const void* data) const {
         require(data != nullptr, op, ": ", name, " must not be null");
+    }
+
+    void dtype(const char* name, DType dtype) const {
+        require(dtype >= DType::kFloat32 && dtype <= DType::kFloat16, op, ": ", name,
+                " must be float32, bfloat16 or float16");
     }
 
     // Memory that is read or written 16 bytes at a time.

@@ -9,6 +9,7 @@
 #include "activation.cuh"
 #include "common.cuh"
 #include "dtype.h"
+#include "require.h"
 #include "topk_route.h"
 
 namespace moe_kernels {
@@ -16,6 +17,12 @@ namespace moe_kernels {
 constexpr int kQuad = 4;
 constexpr int kMostExperts = 1024;
 constexpr int kMostChosen = 32;
+
+inline void require_rule(const Needs& needs, const RouteRule& rule) {
+    require(rule.scoring >= Scoring::kSoftmax && rule.scoring <= Scoring::kSqrtSoftplus, needs.op, ": no scoring ",
+            static_cast<int>(rule.scoring));
+    needs.dtype("step", rule.step);
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory

@@ -368,6 +368,8 @@ void routing_plan(const void* indices, int index_bytes, int64_t num_slots, int n
         needs.present("slots", slots);
         needs.present("positions", positions);
     }
+    const int64_t most_tiles = num_slots / block_m + std::min<int64_t>(num_slots, num_experts);
+    require(num_tiles >= most_tiles, "routing_plan: num_tiles must be at least ", most_tiles, ", got ", num_tiles);
     if (num_tiles > 0) needs.present("tiles", tiles);
 
     const Arguments a{indices,   num_slots,    num_experts, block_m, num_tiles, split.chunks, split.slots,

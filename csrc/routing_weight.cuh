@@ -3,6 +3,7 @@
 
 #include "common.cuh"
 #include "dtype.h"
+#include "require.h"
 
 namespace moe_kernels {
 
@@ -14,6 +15,13 @@ __device__ __forceinline__ float load_weight(const void* weights, DType dtype, i
         case DType::kFloat16: return __half2float(static_cast<const __half*>(weights)[i]);
         default: return 1.0f;
     }
+}
+
+// Null and kNone belong together.
+inline void require_weights(const Needs& needs, const void* weights, DType dtype) {
+    if (weights == nullptr && dtype == DType::kNone) return;
+    needs.present("weights", weights);
+    needs.dtype("weights_dtype", dtype);
 }
 
 }  // namespace moe_kernels

@@ -335,10 +335,19 @@ void topk_route(const RouteArguments& a, cudaStream_t stream) {
     require(a.top_k >= 1 && a.top_k <= kMostChosen && a.top_k <= a.num_experts, "topk_route: top_k must be from 1 to ",
             kMostChosen, " and at most num_experts, got ", a.top_k);
     require(a.num_groups >= 1 && a.num_experts % a.num_groups == 0, "topk_route: num_groups must divide num_experts");
+    require(a.top_groups >= 1 && a.top_groups <= a.num_groups,
+            "topk_route: top_groups must be from 1 to num_groups, got ", a.top_groups);
+    require_rule(needs, a.rule);
+    needs.dtype("step_choice", a.step_choice);
     needs.present("weights", a.weights);
+    needs.dtype("weights_dtype", a.weights_dtype);
     needs.present("indices", a.indices);
+    needs.dtype("logits_dtype", a.logits_dtype);
     needs.quads("logits", a.logits, a.logits_stride, a.tokens, a.logits_dtype == DType::kFloat32 ? 4 : 2);
-    if (a.bias != nullptr) needs.quads("bias", a.bias, 0, 1, a.bias_dtype == DType::kFloat32 ? 4 : 2);
+    if (a.bias != nullptr) {
+        needs.dtype("bias_dtype", a.bias_dtype);
+        needs.quads("bias", a.bias, 0, 1, a.bias_dtype == DType::kFloat32 ? 4 : 2);
+    }
     const bool scores_choose = a.bias != nullptr || a.num_groups > 1;
     if (a.rule.after) return launch_size<Row::kLogits>(a, stream);
     if (a.rule.scoring == Scoring::kSoftmax) return launch_size<Row::kSoftmax>(a, stream);

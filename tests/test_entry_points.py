@@ -23,10 +23,10 @@ def of_every_gpu(c) -> dict[str, dict]:
     rows |= {"dtype": c.BFLOAT16, "stream": 0}
     router = {"logits": AT, "logits_stride": 64, "logits_dtype": c.BFLOAT16, "indices": AT, "tokens": 4}
     router |= {"num_experts": 64, "top_k": 4, "stream": 0}
-    router["rule"] = c.RouteRule(
+    router["rule"] = {
         **{"scoring": c.SCORINGS["sigmoid"], "after": False, "renormalize": True, "epsilon": 0.0, "scale": 1.0},
         **{"min_sum": 0.0, "soft_cap": 0.0, "step": c.FLOAT32},
-    )
+    }
     return {
         "combine": {
             "out": AT,
@@ -91,7 +91,8 @@ def of_hopper(c) -> dict[str, dict]:
 def check(c, op, arguments, change, message):
     for name, value in change.items():
         arguments[name] = {**arguments[name], **value} if isinstance(value, dict) else value
-    for name, kind in (("plan", "Plan"), ("w", "Weights"), ("gate_up", "Weights"), ("down", "Weights")):
+    kinds = {"plan": "Plan", "w": "Weights", "gate_up": "Weights", "down": "Weights", "rule": "RouteRule"}
+    for name, kind in kinds.items():
         if name in arguments:
             arguments[name] = getattr(c, kind)(**arguments[name])
     with pytest.raises(ValueError, match="^" + re.escape(f"{op}: ") + ".*" + re.escape(message)):
@@ -109,6 +110,8 @@ GENERIC = [  # entry point, what is changed, message
     ("combine", {"residual": 8}, "residual must start at a multiple of 16 bytes"),
     ("combine", {"residual_stride": 60}, "residual must have rows that start at multiples of 16 bytes"),
     ("combine", {"positions": 0}, "positions must not be null"),
+    ("combine", {"weights": 0}, "weights must not be null"),
+    ("combine", {"weights_dtype": 4}, "weights_dtype must be float32, bfloat16 or float16"),
     ("combine", {"dtype": 0}, "dtype must be float32, bfloat16 or float16"),
     ("permute", {"width": -8}, "width must be a positive multiple of 8 below 2**30, got -8"),
     ("permute", {"top_k": -1}, "top_k must not be negative, got -1"),
@@ -118,6 +121,8 @@ GENERIC = [  # entry point, what is changed, message
     ("permute", {"x_stride": 67}, "x must have rows that start at multiples of 16 bytes, its stride is 67"),
     ("permute", {"offsets": 0}, "offsets must not be null"),
     ("permute", {"positions": 0}, "positions must not be null"),
+    ("permute", {"weights": 0}, "weights must not be null"),
+    ("permute", {"weights_dtype": 0}, "weights_dtype must be float32, bfloat16 or float16"),
     ("permute", {"dtype": 0}, "dtype must be float32, bfloat16 or float16"),
     ("routing_plan", {"num_experts": 0}, "num_experts must be from 1 to 4096, got 0"),
     ("routing_plan", {"num_experts": 4097}, "num_experts must be from 1 to 4096, got 4097"),
@@ -133,12 +138,21 @@ GENERIC = [  # entry point, what is changed, message
     ("routing_plan", {"slots": 0}, "slots must not be null"),
     ("routing_plan", {"positions": 0}, "positions must not be null"),
     ("routing_plan", {"tiles": 0}, "tiles must not be null"),
+    ("routing_plan", {"num_tiles": 3}, "num_tiles must be at least 4, got 3"),
     ("topk_route", {"num_experts": 1025}, "num_experts must be from 1 to 1024, got 1025"),
     ("topk_route", {"top_k": 0}, "top_k must be from 1 to 32 and at most num_experts, got 0"),
     ("topk_route", {"top_k": 33}, "top_k must be from 1 to 32 and at most num_experts, got 33"),
     ("topk_route", {"num_experts": 3}, "top_k must be from 1 to 32 and at most num_experts, got 4"),
     ("topk_route", {"num_groups": 5}, "num_groups must divide num_experts"),
     ("topk_route", {"num_groups": 0}, "num_groups must divide num_experts"),
+    ("topk_route", {"top_groups": 0}, "top_groups must be from 1 to num_groups, got 0"),
+    ("topk_route", {"top_groups": 2}, "top_groups must be from 1 to num_groups, got 2"),
+    ("topk_route", {"rule": {"scoring": 3}}, "no scoring 3"),
+    ("topk_route", {"rule": {"step": 0}}, "step must be float32, bfloat16 or float16"),
+    ("topk_route", {"step_choice": 0}, "step_choice must be float32, bfloat16 or float16"),
+    ("topk_route", {"weights_dtype": 0}, "weights_dtype must be float32, bfloat16 or float16"),
+    ("topk_route", {"logits_dtype": -1}, "logits_dtype must be float32, bfloat16 or float16"),
+    ("topk_route", {"bias_dtype": 0}, "bias_dtype must be float32, bfloat16 or float16"),
     ("topk_route", {"weights": 0}, "weights must not be null"),
     ("topk_route", {"indices": 0}, "indices must not be null"),
     ("topk_route", {"logits": 0}, "logits must not be null"),
@@ -147,6 +161,9 @@ GENERIC = [  # entry point, what is changed, message
     ("topk_route", {"bias": 8}, "bias must have rows that start at multiples of 4 elements"),
     ("topk_route_bwd", {"num_experts": 1025}, "num_experts must be from 1 to 1024, got 1025"),
     ("topk_route_bwd", {"top_k": 33}, "top_k must be from 1 to 32, got 33"),
+    ("topk_route_bwd", {"rule": {"scoring": -1}}, "no scoring -1"),
+    ("topk_route_bwd", {"logits_dtype": 4}, "logits_dtype must be float32, bfloat16 or float16"),
+    ("topk_route_bwd", {"d_weights_dtype": 0}, "d_weights_dtype must be float32, bfloat16 or float16"),
     ("topk_route_bwd", {"d_weights": 0}, "d_weights must not be null"),
     ("topk_route_bwd", {"indices": 0}, "indices must not be null"),
     ("topk_route_bwd", {"logits": 4}, "logits must have rows that start at multiples of 4 elements"),
@@ -160,6 +177,12 @@ GENERIC = [  # entry point, what is changed, message
         "hidden must be a positive multiple of 8 below 2**30, got 132",
     ),
     ("decode_experts", {"down": {"columns": 0}}, "inner must be a positive multiple of 8 below 2**30, got 0"),
+    ("decode_experts", {"num_experts": 0}, "num_experts must be positive, got 0"),
+    ("decode_experts", {"num_sms": 0}, "num_sms must be positive, got 0"),
+    ("decode_experts", {"indices": 0}, "indices must not be null"),
+    ("decode_experts", {"routing_weights": 0}, "routing_weights must not be null"),
+    ("decode_experts", {"routing_weights_dtype": 0}, "routing_weights_dtype must be float32, bfloat16 or float16"),
+    ("decode_experts", {"activation": 10}, "no activation 10"),
     ("decode_experts", {"x": 8}, "x must start at a multiple of 16 bytes"),
     ("decode_experts", {"a": 0}, "a must not be null"),
     ("decode_experts", {"y": 2}, "y must start at a multiple of 16 bytes"),
