@@ -127,12 +127,23 @@ struct DActivation : EpilogueDefaults {
                                                    float (&d_s)[2]) const {
         const uint32_t h_at = ptx::shared_address(h_chunk), a_at = h_at + kHParts * kPartBytes;
         const uint32_t own = swizzled(row + lane / 4, lane >> 1 & 1) + (lane & 1) * sizeof(uint2);
+        auto at_of = [&](int q) { return swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), 2 * q + (lane >> 4)); };
+        uint32_t ahead[2][4];  // of gate and up, sixteen columns on
+        auto load = [&](int q) {
+            if constexpr (kLayout != Layout::kInTurn) ptx::ldmatrix_x4(h_at + at_of(q), ahead[0]);
+            if constexpr (kLayout == Layout::kHalves) ptx::ldmatrix_x4(h_at + kPartBytes + at_of(q), ahead[1]);
+        };
+        load(0);
 #pragma unroll
         for (int q = 0; q < 4; ++q) {  // 16 columns
-            const uint32_t at = swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), 2 * q + (lane >> 4));
+            const uint32_t at = at_of(q);
             uint32_t h_words[4], up_words[4], a_words[4];
-            if constexpr (kLayout != Layout::kInTurn) ptx::ldmatrix_x4(h_at + at, h_words);
-            if constexpr (kLayout == Layout::kHalves) ptx::ldmatrix_x4(h_at + kPartBytes + at, up_words);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                h_words[i] = ahead[0][i];
+                up_words[i] = ahead[1][i];
+            }
+            if (q < 3) load(q + 1);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {  // words 0, 2: upper rows; 1, 3: eight below
                 const float* d_a = acc + 8 * q + 2 * i;

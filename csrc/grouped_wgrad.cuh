@@ -5,7 +5,7 @@
 // former, in two products. 22 % fewer bytes go into shared memory than with 128 times 256 columns, which remain for
 // widths that they fit better. A cluster's two blocks make neighbouring tiles of the gathered side and share the
 // contiguous tile, each fetching half of it for both. The contiguous side comes by the copy engine, the gathered side
-// by cp.async of the producer's 128 threads. Where the gathered side is rhs the accumulator is dW transposed, and is
+// by cp.async of three of the producer's warps. Where the gathered side is rhs the accumulator is dW transposed, and is
 // turned on its way to shared memory. In an expert's last, ragged step both sides come by cp.async, which puts zeros in
 // place of rows past the end: those belong to the next expert, or to nobody and may hold anything. An expert without
 // rows takes one step of zeros. One block adds up a tile from first row to last, so the sum has one order. Where
@@ -50,7 +50,7 @@ struct Tiling {
     static_assert(kConsumerRegisters % 8 == 0 && kProducerRegisters % 8 == 0);
 };
 
-using Tall = Tiling<2, 192, 3, 3, 232, 40>;  // 256 x 192
+using Tall = Tiling<2, 192, 3, 3, 224, 56>;  // 256 x 192
 using Wide = Tiling<1, 256, 4, 2, 208, 88>;  // 128 x 256
 
 struct Wgrad {
@@ -96,82 +96,70 @@ struct WgradDraw {
     }
 };
 
-// A producer thread's share of the gathered side of a step, [64 rows, kM columns]: which 16-byte pieces of which rows.
-//
-// kPieces lanes cover a row, so a warp copies kRowsAtOnce rows at a time, in kTurns turns, sixteen rows in all. Lane
-// i < 16 keeps the number (token or row) of the warp's i-th row.
+// A gathering thread's share of the gathered side of a step, [64 rows, kM columns]: a 16-byte piece of each of its
+// chunks of 64 columns, of every twelfth row. So one address serves kM / 64 copies. Lane i < 24 keeps the number (token
+// or row) of the warp's i-th row.
 template <int kM>
 struct Gather {
-    static constexpr int kPieces = kM / 8;                   // 16 or 32
-    static constexpr int kRowsAtOnce = kWarpSize / kPieces;  // 2 or 1
-    static constexpr int kTurns = 16 / kRowsAtOnce;          // 8 or 16
-    static constexpr int kTurnRows = 4 * kRowsAtOnce;        // from one turn to the next, 8 or 4
-    static constexpr int kBatch = 4;
+    static constexpr int kTurns = (kTileK + kGatherRows - 1) / kGatherRows, kRowsOfWarp = kGatherRows / kGatherWarps;
+    static_assert(kRowsOfWarp * kTurns <= kWarpSize);
+    static_assert(kGatherRows % 8 == 4);  // from turn to turn the swizzle changes its bit of four pieces
 
-    int lane, first_row;  // of turn 0
-    uint32_t at;          // where its piece of that row goes
+    int lane, first_row;
+    uint32_t at;  // where its piece of that row goes
 
-    __device__ __forceinline__ Gather(int warp, int l)
-        : lane(l),
-          first_row(kRowsAtOnce * warp + l / kPieces),
-          at(lane % kPieces / 8 * kChunkBytes + swizzled(first_row, lane % 8)) {}
+    __device__ __forceinline__ explicit Gather(int thread)
+        : lane(thread % kWarpSize), first_row(thread / 8), at(swizzled(first_row, lane % 8)) {}
 
-    // The row of the step that lane i < 16 keeps the number of.
-    static __device__ __forceinline__ int kept_row(int warp, int i) {
-        return kRowsAtOnce * warp + i % kRowsAtOnce + kTurnRows * (i / kRowsAtOnce);
+    // The row of the step that this lane keeps the number of; past the last for some.
+    __device__ __forceinline__ int kept_row() const {
+        return first_row - lane / 8 + lane % kRowsOfWarp + lane / kRowsOfWarp * kGatherRows;
     }
 
-    __device__ __forceinline__ int column() const { return lane % kPieces * 8; }
+    __device__ __forceinline__ int column() const { return lane % 8 * 8; }
 
     // `data`: this thread's column of the tensor's row 0. kWhole: every row and column exists; else zeros take the
-    // place of all rows of the step but the first `rows`. The number is that of some row in any case.
+    // place of all but the first `rows` rows and `columns` columns from the thread's on. The number is that of some row
+    // in any case.
     template <bool kWhole>
     __device__ __forceinline__ void copy(uint32_t to, const unsigned char* data, uint32_t row_bytes, int number,
-                                         int rows) const {
-        // Eight rows further on the swizzle is the same, four rows further on its bit of four pieces is the other one.
-        const uint32_t even = to + at, odd = kTurnRows == 8 ? even : even ^ 64;
-        const int left = rows - first_row;
-        // A shuffle and a copy take their time to let go of their registers: a batch has its own for each.
+                                         int rows, int columns) const {
+        const uint32_t even = to + at;
 #pragma unroll
-        for (int first = 0; first < kTurns; first += kBatch) {
-            uint32_t row[kBatch];
+        for (int turn = 0; turn < kTurns; ++turn) {
+            // The last turn has rows for the first warp only.
+            if (turn == kTurns - 1 && first_row >= kTileK - turn * kGatherRows) break;
+            const uint32_t row = __shfl_sync(kFullWarp, number, kRowsOfWarp * turn + lane / 8);
+            const unsigned char* from = data + static_cast<uint64_t>(row) * row_bytes;
+            const uint32_t address = (turn % 2 == 0 ? even : even ^ 64) + turn * kGatherRows * kRowBytes;
 #pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                row[i] = __shfl_sync(kFullWarp, number, (first + i) * kRowsAtOnce + lane / kPieces);
-            }
-            const unsigned char* from[kBatch];
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) from[i] = data + static_cast<uint64_t>(row[i]) * row_bytes;
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-                const int turn = first + i;
-                const uint32_t address = (turn % 2 == 0 ? even : odd) + turn * kTurnRows * kRowBytes;
+            for (int i = 0; i < kM / 64; ++i) {
                 if (kWhole) {
-                    ptx::cp_async_16(address, from[i]);
+                    ptx::cp_async_16(address + i * kChunkBytes, from + i * kRowBytes);
                 } else {
-                    ptx::cp_async_16_or_zero(address, from[i], turn * kTurnRows < left);
+                    const bool exists = first_row + turn * kGatherRows < rows && 64 * i < columns;
+                    ptx::cp_async_16_or_zero(address + i * kChunkBytes, exists ? from + i * kRowBytes : data, exists);
                 }
             }
         }
     }
 };
 
-// A producer thread's share of the contiguous side of a ragged step, [64 rows, kN columns], of which `rows` by
+// A gathering thread's share of the contiguous side of a ragged step, [64 rows, kN columns], of which `rows` by
 // `columns` exist. `data`: any element that may be read; the step begins at `row` and `column`.
 template <int kN, typename T>
 __device__ __forceinline__ void copy_ragged(uint32_t to, int thread, const T* data, uint32_t stride, int row, int rows,
                                             int column, int columns) {
     const int piece = thread % 8;
-    to += swizzled(thread / 8, piece);
 #pragma unroll 1
-    for (int r = thread / 8; r < kTileK; r += kWarpgroup / 8) {  // 16 rows further on the swizzle is the same
+    for (int r = thread / 8; r < kTileK; r += kGatherRows) {
         const T* source = data + static_cast<uint64_t>(row + r) * stride + column + piece * 8;
 #pragma unroll
         for (int i = 0; i < kN / 64; ++i) {
             const bool exists = r < rows && 64 * i + piece * 8 < columns;
-            ptx::cp_async_16_or_zero(to + i * kChunkBytes, exists ? source + 64 * i : data, exists);
+            ptx::cp_async_16_or_zero(to + i * kChunkBytes + swizzled(r, piece), exists ? source + 64 * i : data,
+                                     exists);
         }
-        to += kWarpgroup / 8 * kRowBytes;
     }
 }
 
@@ -222,27 +210,61 @@ __device__ __forceinline__ void write_float_chunks(uint32_t chunks, int warp, in
     }
 }
 
+// One thread: draws tiles, and the copy engine's work.
 template <typename Tiling, typename T>
-__device__ __forceinline__ void produce(const Wgrad& p, const Shared<Tiling::kStages, WgradTile>& shared, int thread) {
-    constexpr int kM = Tiling::kM, kN = Tiling::kN;
-    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+__device__ __forceinline__ void load(const Wgrad& p, const Shared<Tiling::kStages, WgradTile>& shared,
+                                     const short* order) {
+    constexpr int kN = Tiling::kN;
     const int rank = ptx::cluster_rank();
-    const bool draws = thread == 0 && rank == 0;
+    const bool draws = rank == 0;
     auto& tiles = shared.tiles;
     Ring<Tiling::kStages> ring;
     WgradDraw next;
-    short* order = reinterpret_cast<short*>(shared.staging + Tiling::kResultBytes);
-    if (thread == 0) tiles.expect(0);
-    if (rank == 0 && p.num_experts <= kMostSorted) {  // the results' memory is free until a tile is made
-        sort_experts(p.offsets, p.num_experts, reinterpret_cast<uint32_t*>(shared.staging), order, thread);
-    }
+    tiles.expect(0);
     if (draws) {
         next.number = first_number();
         next.look_up(p, order);
         tiles.publish(0, next.tile, next.tile);
     }
-    const Gather<kM> gather(warp, lane);
-    const int kept = gather.kept_row(warp, lane % 16);
+    WgradTile tile = tiles.wait(0);
+    for (int j = 0; tile.expert != kStop; ++j) {
+        const int steps = tile.steps();
+        tiles.expect(j + 1);
+        for (int k = 0; k < steps; ++k, ring.advance()) {
+            const int row = tile.begin + k * kTileK;
+            if (draws) {
+                if (k == 0) next.draw(p);
+                if (k == steps / 3) next.look_up(p, order);
+                if (k == steps * 2 / 3) tiles.publish(j + 1, next.tile, next.tile);
+            }
+            const bool whole = row + kTileK <= tile.end;
+            unsigned char* b = shared.stages + ring.stage * Tiling::kBytesOfStage + Tiling::kBytesOfA;
+            uint64_t* barrier = shared.full + ring.stage;
+            ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+            ptx::mbarrier_arrive_expect(barrier, whole ? Tiling::kBytesOfB : 0);
+            if (whole) {
+#pragma unroll
+                for (int i = 0; i < Tiling::kBoxes; ++i) {
+                    const int box = rank * Tiling::kBoxes + i, box_row = box * Tiling::kBoxRows;
+                    ptx::tma_load_3d_multicast(b + box * Tiling::kBoxBytes, &p.contiguous_map, barrier,
+                                               tile.column * kN + box_row / kTileK * 64, row + box_row % kTileK, 0,
+                                               kBothBlocks);
+                }
+            }
+        }
+        tile = tiles.wait(j + 1);
+    }
+}
+
+// The gathering warps.
+template <typename Tiling, typename T>
+__device__ __forceinline__ void gather(const Wgrad& p, const Shared<Tiling::kStages, WgradTile>& shared, int thread) {
+    constexpr int kM = Tiling::kM, kN = Tiling::kN;
+    const int rank = ptx::cluster_rank();
+    auto& tiles = shared.tiles;
+    Ring<Tiling::kStages> ring;
+    const Gather<kM> share(thread);
+    const int kept = share.kept_row();
     // The slot of this lane's row of the step that begins at `row`; a row past the end repeats the last one.
     auto slot_of = [&](const WgradTile& of, int row) {
         if (of.begin >= of.end) return 0;
@@ -254,59 +276,39 @@ __device__ __forceinline__ void produce(const Wgrad& p, const Shared<Tiling::kSt
     for (int j = 0; tile.expert != kStop; ++j) {
         const int g = (kCluster * tile.pair + rank) * kM;
         const bool all_columns = g + kM <= p.gathered_width;
-        const bool inside = g + gather.column() < p.gathered_width;
+        const bool inside = g + share.column() < p.gathered_width;
         const unsigned char* gathered =
-            static_cast<const unsigned char*>(p.gathered) + (inside ? (g + gather.column()) * sizeof(T) : 0);
+            static_cast<const unsigned char*>(p.gathered) + (inside ? (g + share.column()) * sizeof(T) : 0);
         asm("" : "+l"(gathered));  // one register pair: keeps the compiler from adding its parts again for every row
         const int steps = tile.steps();
-        WgradTile coming;
-        if (thread == 0) tiles.expect(j + 1);
         for (int k = 0; k < steps; ++k, ring.advance()) {
             const int row = tile.begin + k * kTileK;
             const int token = p.top_k.divide(slot);
-            if (draws) {
-                if (k == 0) next.draw(p);
-                if (k == steps / 3) next.look_up(p, order);
-                if (k == steps * 2 / 3) tiles.publish(j + 1, next.tile, next.tile);
-            }
             if (k < steps - 1) {
                 slot = slot_of(tile, row + kTileK);
             } else {
-                coming = tiles.wait(j + 1);
+                const WgradTile coming = tiles.wait(j + 1);
                 slot = slot_of(coming, coming.begin);
             }
             const bool whole = row + kTileK <= tile.end;
             unsigned char* a = shared.stages + ring.stage * Tiling::kBytesOfStage;
             unsigned char* b = a + Tiling::kBytesOfA;
-            uint64_t* barrier = shared.full + ring.stage;
             ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
-            if (thread == 0) {
-                ptx::mbarrier_arrive_expect(barrier, whole ? Tiling::kBytesOfB : 0);
-                if (whole) {
-#pragma unroll
-                    for (int i = 0; i < Tiling::kBoxes; ++i) {
-                        const int box = rank * Tiling::kBoxes + i, box_row = box * Tiling::kBoxRows;
-                        ptx::tma_load_3d_multicast(b + box * Tiling::kBoxBytes, &p.contiguous_map, barrier,
-                                                   tile.column * kN + box_row / kTileK * 64, row + box_row % kTileK, 0,
-                                                   kBothBlocks);
-                    }
-                }
-            }
             if (whole && all_columns) {
-                gather.template copy<true>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token, kTileK);
+                share.template copy<true>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token, kTileK, kM);
             } else {
                 const int rows = tile.end - row;  // of this step; 64 or more is all
-                gather.template copy<false>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token,
-                                            inside ? rows : 0);
+                share.template copy<false>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token, rows,
+                                           p.gathered_width - g - share.column());
                 if (!whole) {
                     copy_ragged<kN>(ptx::shared_address(b), thread, static_cast<const T*>(p.contiguous),
                                     p.contiguous_stride, row, rows, tile.column * kN,
                                     p.contiguous_width - tile.column * kN);
                 }
             }
-            ptx::mbarrier_arrive_after_copies(barrier);
+            ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);
         }
-        tile = coming;
+        tile = tiles.wait(j + 1);
     }
 }
 
@@ -368,11 +370,19 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     grouped_wgrad_kernel(const __grid_constant__ Wgrad p) {
     extern __shared__ unsigned char memory[];
     const auto shared =
-        init_shared<Tiling::kStages, Tiling::kStagingBytes, WgradTile, Tiling::kBytesOfStage>(memory, kWarpgroup + 1);
+        init_shared<Tiling::kStages, Tiling::kStagingBytes, WgradTile, Tiling::kBytesOfStage>(memory, kGatherThreads + 1);
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
         ptx::give_registers<Tiling::kProducerRegisters>();
-        produce<Tiling, T>(p, shared, thread);
+        short* order = reinterpret_cast<short*>(shared.staging + Tiling::kResultBytes);
+        if (ptx::cluster_rank() == 0 && p.num_experts <= kMostSorted) {  // results' memory is free until a tile is made
+            sort_experts(p.offsets, p.num_experts, reinterpret_cast<uint32_t*>(shared.staging), order, thread);
+        }
+        if (uniform(thread / kWarpSize) > 0) {
+            gather<Tiling, T>(p, shared, thread - kWarpSize);
+        } else if (thread == 0) {
+            load<Tiling, T>(p, shared, order);
+        }
     } else {
         ptx::take_registers<Tiling::kConsumerRegisters>();
         consume<Tiling, T, Out, kGatherLhs>(p, shared, warpgroup - 1, thread);

@@ -1,5 +1,9 @@
 // What the Hopper kernels share: the ring of stages between the producer and the consumers, the ring of tiles between
 // the thread that draws them and everybody else, the launch.
+//
+// The producer is a warpgroup. One thread of its first warp draws tiles and gives the copy engine its work; where rows
+// are gathered the other three warps do that. So neither waits for the other: weights and chunks of H are asked for as
+// soon as their stage is free, in both blocks of a cluster, which share them.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +24,8 @@ constexpr int kRows = kTileM / kConsumers;  // of a consumer
 constexpr int kBlockThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kLaunchRegisters = 65536 / kBlockThreads / 8 * 8;  // of a thread, before any are given or taken
 constexpr int kCluster = 2;                                      // blocks
+constexpr int kGatherWarps = 3, kGatherThreads = kGatherWarps * kWarpSize;  // of the producer's four warps
+constexpr int kGatherRows = kGatherThreads / 8;                             // at a time, a thread has 16 bytes of one
 constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;            // a bit each
 
 constexpr int kRowBytes = 128;  // 64 elements, the swizzle's width
@@ -58,6 +64,9 @@ struct Divisor {
 inline Divisor divisor(int d) {
     return {static_cast<uint32_t>(d), static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d)};
 }
+
+// What is the same in all lanes of a warp, so that the compiler knows it, too.
+__device__ __forceinline__ int uniform(int of_warp) { return __shfl_sync(kFullWarp, of_warp, 0); }
 
 // The threads of one warpgroup meet: a consumer, or as number kConsumers the producer. 0 is the id of __syncthreads.
 __device__ __forceinline__ void warpgroup_sync(int consumer) {

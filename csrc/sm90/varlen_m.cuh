@@ -5,7 +5,7 @@
 // Tiling: C in tiles of 128 rows x 256 columns, 64 of the reduction at a time. A block is one producer warpgroup and
 // two consumer warpgroups, which own 64 rows each (256 columns, 128 accumulators a thread). The producer keeps kStages
 // tiles of A and W in flight and runs ahead into the next tile while the consumers are in their epilogue. Contiguous
-// operands come by the copy engine, gathered rows of A by cp.async of its 128 threads, both counted on the same
+// operands come by the copy engine, gathered rows of A by cp.async of three of its warps, both counted on the same
 // mbarrier. A cluster is two blocks with neighbouring row tiles and the same columns. Where both belong to one expert,
 // each fetches half of the weights for both: a third less from L2, which is what limits the kernel next to power. Row
 // tiles of two experts make a pair all the same, without sharing. Grid: a block a multiprocessor; clusters draw their
@@ -160,45 +160,26 @@ struct EpilogueDefaults {
 
 constexpr int kLookAheadStep = 2;  // or the last one of a short reduction
 
-// One producer warpgroup. Gathering takes all its threads, the copy engine one.
+// One thread: draws tiles, and the copy engine's work.
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
-__device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogue::Arguments& args,
-                                        const Shared<kStages, Tile>& shared, int thread) {
+__device__ __forceinline__ void load(const VarlenM& p, const typename Epilogue::Arguments& args,
+                                     const Shared<kStages, Tile>& shared) {
     const int rank = ptx::cluster_rank(), steps = p.steps;
-    const bool draws = thread == 0 && rank == 0;
+    const bool draws = rank == 0;
     auto& tiles = shared.tiles;
     Ring<kStages> ring;
     Draw next;
-    if (thread == 0) tiles.expect(0);
+    tiles.expect(0);
     if (draws) {
         next.number = first_number();
         next.look_up(p);
         next.find_ends(p);
         tiles.publish(0, next.tiles[0], next.tiles[1]);
     }
-    // Gathering, a thread copies one 16-byte piece of eight rows, 16 rows apart.
-    const int piece = thread % 8;
-    int slots[8];
-    auto load_slots = [&](const Tile& of) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            // A row past the expert's end repeats its last one.
-            slots[i] = of.expert < 0 ? 0 : __ldg(p.slots + min(of.first + thread / 8 + 16 * i, of.end - 1));
-        }
-    };
     Tile tile = tiles.wait(0);
-    if (kGather) load_slots(tile);
     for (int j = 0; tile.expert != kStop; ++j) {
         const bool used = tile.expert != kUnused;
-        const T* source[8];
-        if (kGather) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                source[i] = static_cast<const T*>(p.rows) + p.top_k.divide(slots[i]) * p.row_stride + piece * 8;
-            }
-        }
-        if (thread == 0) tiles.expect(j + 1);
-        Tile coming;
+        tiles.expect(j + 1);
         for (int k = 0; k < steps; ++k, ring.advance()) {
             if (draws) {
                 if (k == 0) next.draw(p);
@@ -206,48 +187,85 @@ __device__ __forceinline__ void produce(const VarlenM& p, const typename Epilogu
                 if (k == steps / 2) next.find_ends(p);
                 if (k == steps * 3 / 4) tiles.publish(j + 1, next.tiles[0], next.tiles[1]);
             }
-            if (k == steps - 1) {
-                coming = tiles.wait(j + 1);
-                if (kGather) load_slots(coming);
-            }
             unsigned char* a = shared.stages + ring.stage * kStageBytes;
             unsigned char* b = a + kABytes;
             uint64_t* barrier = shared.full + ring.stage;
             ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
-            if (thread == 0) {
-                ptx::mbarrier_arrive_expect(barrier, !used ? 0 : kGather ? kBBytes : kStageBytes);
-                if (used) {
-                    if (!kGather) ptx::tma_load_3d(a, &p.a, barrier, k * kTileK, tile.first, 0);
-                    // Sharing, each block fetches half of the weights for both.
-                    static_assert(kCluster == 2);
-                    const uint16_t blocks = tile.shared() ? kBothBlocks : 0;
+            ptx::mbarrier_arrive_expect(barrier, !used ? 0 : kGather ? kBBytes : kStageBytes);
+            if (used) {
+                if (!kGather) ptx::tma_load_3d(a, &p.a, barrier, k * kTileK, tile.first, 0);
+                // Sharing, each block fetches half of the weights for both.
+                static_assert(kCluster == 2);
+                const uint16_t blocks = tile.shared() ? kBothBlocks : 0;
 #pragma unroll
-                    for (int half = 0; half < kCluster; ++half) {
-                        if (half != rank && tile.shared()) continue;
-                        Epilogue::template load_weights<kAcross>(args, p.w, b, barrier, tile, k * kTileK, half, blocks);
-                    }
+                for (int half = 0; half < kCluster; ++half) {
+                    if (half != rank && tile.shared()) continue;
+                    Epilogue::template load_weights<kAcross>(args, p.w, b, barrier, tile, k * kTileK, half, blocks);
                 }
             }
-            if (kGather && used) {
-                const uint32_t to = ptx::shared_address(a) + swizzled(thread / 8, piece);
-#pragma unroll
-                for (int i = 0; i < 8; ++i) {  // 16 rows further on the swizzle is the same
-                    ptx::cp_async_16(to + i * 16 * kRowBytes, source[i] + k * kTileK);
-                }
-            }
-            if (kGather) ptx::mbarrier_arrive_after_copies(barrier);
         }
 #pragma unroll
         for (int c = 0; c < Epilogue::kSteps; ++c, ring.advance()) {
             uint64_t* barrier = shared.full + ring.stage;
             ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
-            if (thread == 0) {
-                ptx::mbarrier_arrive_expect(barrier, used ? Epilogue::kStepBytes : 0);
-                if (used) Epilogue::load_step(args, shared.stages + ring.stage * kStageBytes, barrier, tile, c);
-            }
-            if (kGather) ptx::mbarrier_arrive(barrier);
+            ptx::mbarrier_arrive_expect(barrier, used ? Epilogue::kStepBytes : 0);
+            if (used) Epilogue::load_step(args, shared.stages + ring.stage * kStageBytes, barrier, tile, c);
         }
-        tile = coming;
+        tile = tiles.wait(j + 1);
+    }
+}
+
+// The gathering warps: a thread copies one 16-byte piece of every twelfth row.
+template <typename T, int kStages, typename Epilogue>
+__device__ __forceinline__ void gather(const VarlenM& p, const Shared<kStages, Tile>& shared, int thread) {
+    constexpr int kTurns = (kTileM + kGatherRows - 1) / kGatherRows;
+    static_assert(kGatherRows % 8 == 4);  // from turn to turn the swizzle changes its bit of four pieces
+    const int steps = p.steps, piece = thread % 8, first_row = thread / 8;
+    const uint32_t at = swizzled(first_row, piece);
+    const bool last = first_row + (kTurns - 1) * kGatherRows < kTileM;  // the same for all of a warp
+    auto& tiles = shared.tiles;
+    Ring<kStages> ring;
+    int slots[kTurns];
+    auto load_slots = [&](const Tile& of) {
+#pragma unroll
+        for (int i = 0; i < kTurns; ++i) {
+            // A row past the expert's end repeats its last one.
+            slots[i] = of.expert < 0 ? 0 : __ldg(p.slots + min(of.first + first_row + kGatherRows * i, of.end - 1));
+        }
+    };
+    Tile tile = tiles.wait(0);
+    load_slots(tile);
+    for (int j = 0; tile.expert != kStop; ++j) {
+        const bool used = tile.expert != kUnused;
+        const unsigned char* source[kTurns];
+#pragma unroll
+        for (int i = 0; i < kTurns; ++i) {
+            const T* row = static_cast<const T*>(p.rows) + p.top_k.divide(slots[i]) * p.row_stride;
+            source[i] = reinterpret_cast<const unsigned char*>(row + piece * 8);
+        }
+        for (int k = 0; k < steps; ++k, ring.advance()) {
+            if (k == steps - 1) {
+                tile = tiles.wait(j + 1);
+                load_slots(tile);
+            }
+            ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+            if (used) {
+                const uint32_t even = ptx::shared_address(shared.stages + ring.stage * kStageBytes) + at;
+#pragma unroll
+                for (int i = 0; i < kTurns; ++i) {
+                    if (i < kTurns - 1 || last) {
+                        const uint32_t to = (i % 2 == 0 ? even : even ^ 64) + i * kGatherRows * kRowBytes;
+                        ptx::cp_async_16(to, source[i] + k * kRowBytes);
+                    }
+                }
+            }
+            ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);
+        }
+#pragma unroll
+        for (int c = 0; c < Epilogue::kSteps; ++c, ring.advance()) {
+            ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+            ptx::mbarrier_arrive(shared.full + ring.stage);
+        }
     }
 }
 
@@ -290,19 +308,27 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
     if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
+constexpr int kVarlenProducerRegisters = 72, kVarlenConsumerRegisters = 216;
+static_assert(kVarlenProducerRegisters + kConsumers * kVarlenConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters,
+              "otherwise take_registers waits for ever");
+
 // kGather: A's rows are gathered. kAcross: W is stored across the reduction. Epilogue: see EpilogueDefaults.
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     varlen_m_kernel(const __grid_constant__ VarlenM p, const __grid_constant__ typename Epilogue::Arguments args) {
     extern __shared__ unsigned char memory[];
-    const auto shared = init_shared<kStages, Epilogue::kStagingBytes, Tile>(memory, kGather ? kWarpgroup + 1 : 1);
+    const auto shared = init_shared<kStages, Epilogue::kStagingBytes, Tile>(memory, kGather ? kGatherThreads + 1 : 1);
 
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
-        ptx::give_registers<kGather ? 88 : 64>();
-        if (kGather || thread == 0) produce<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, thread);
+        ptx::give_registers<kVarlenProducerRegisters>();
+        if (kGather && uniform(thread / kWarpSize) > 0) {
+            gather<T, kStages, Epilogue>(p, shared, thread - kWarpSize);
+        } else if (thread == 0) {
+            load<T, kGather, kAcross, kStages, Epilogue>(p, args, shared);
+        }
     } else {
-        ptx::take_registers<kGather ? 208 : 216>();
+        ptx::take_registers<kVarlenConsumerRegisters>();
         consume<T, kGather, kAcross, kStages, Epilogue>(p, args, shared, warpgroup - 1, thread);
     }
     ptx::cluster_sync();  // a block's shared memory must outlive what the other one sends there

@@ -79,21 +79,32 @@ def medians_in_turn_ms(
 ) -> dict[str, float]:
     """The median of each when all run in turn, as the parts of a step do: they share its clocks and its heat.
 
-    ``prepare`` runs before each turn, untimed.
+    ``prepare`` runs before each turn, untimed. The host is ahead all the time, as in :func:`measure`: where the GPU
+    does a turn faster than the host enqueues it, a delay before it makes up for that.
     """
-    spans: dict[str, list] = {name: [] for name in runs}
-    _delay(_MOST_DELAY_MS)  # the host gets ahead and stays there, so that short runs are not timed with its launches
-    for _ in range(WARM_UPS + repeats):
+
+    def turn(delay_ms: float = 0) -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        _delay(delay_ms)
         if prepare is not None:
             prepare()
-        for name, run in runs.items():
+        marks = []
+        for run in runs.values():
             start = _mark()
             run()
-            spans[name].append((start, _mark()))
+            marks.append((start, _mark()))
+        return marks
+
+    lead_ms = _MARGIN * statistics.median(_host_ms(turn) for _ in range(WARM_UPS))
+    torch.cuda.synchronize()
+    alone = turn(lead_ms)
+    torch.cuda.synchronize()
+    gpu_ms = sum(start.elapsed_time(end) for start, end in alone)
+    _delay(lead_ms)
+    turns = [turn(lead_ms - gpu_ms) for _ in range(repeats)]
     torch.cuda.synchronize()
     return {
-        name: statistics.median(start.elapsed_time(end) for start, end in each[WARM_UPS:])
-        for name, each in spans.items()
+        name: statistics.median(start.elapsed_time(end) for start, end in marks)
+        for name, marks in zip(runs, zip(*turns, strict=True), strict=True)
     }
 
 

@@ -133,7 +133,13 @@ def test_parts_in_turn_are_timed_without_their_launches(queue):
     runs = {name: lambda name=name: (order.append(name), queue.enqueue(0.05, 0.01)) for name in "ab"}
     found = measure.medians_in_turn_ms(runs, repeats=2, prepare=lambda: order.append("-"))
     assert found == pytest.approx({"a": 0.01, "b": 0.01})
-    assert "".join(order) == "-ab" * (measure.WARM_UPS + 2)
+    assert "".join(order) == "-ab" * (measure.WARM_UPS + 1 + 2)
+
+
+@pytest.mark.parametrize("host_ms", [0.5, 3.0])
+def test_parts_in_turn_stay_behind_a_slow_host(queue, host_ms):
+    runs = {name: lambda ms=ms: queue.enqueue(host_ms, ms) for name, ms in (("a", 1.0), ("b", 2.0))}
+    assert measure.medians_in_turn_ms(runs, repeats=200) == pytest.approx({"a": 1.0, "b": 2.0})
 
 
 def test_memory_leaves_out_what_was_there_and_the_output(monkeypatch, layer):
