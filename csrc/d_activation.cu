@@ -44,13 +44,13 @@ struct DActivation : EpilogueDefaults {
 
     const Arguments& args;
     const VarlenM& p;
-    int consumer, thread, lane, row;
-    int slot[2];         // of this thread's rows: lane / 4 and eight further
-    uint32_t weight[2];  // their routing weights, as they lie in memory
+    int consumer, lane, row;  // the warp's first
+    int slot[2];              // of this thread's rows: lane / 4 and eight further
+    uint32_t weight[2];       // their routing weights, as they lie in memory
 
     __device__ __forceinline__ DActivation(const Arguments& arguments, const VarlenM& params, unsigned char*, int c,
                                            int t)
-        : args(arguments), p(params), consumer(c), thread(t), lane(t % kWarpSize), row(t / kWarpSize * 16) {}
+        : args(arguments), p(params), consumer(c), lane(t % kWarpSize), row(t / kWarpSize * kWarpRows) {}
 
     static __device__ __forceinline__ void load_step(const Arguments& args, unsigned char* to, uint64_t* barrier,
                                                      const Tile& tile, int c) {
@@ -187,26 +187,27 @@ struct DActivation : EpilogueDefaults {
             unsigned char* h_chunk = stages + stage * kStageBytes + consumer * kChunkBytes;
             backward_chunk(h_chunk, acc + 32 * c, s, d_s);
             ptx::fence_async_proxy();
-            warpgroup_sync(consumer);
+            __syncwarp();
             const int n = tile.i_n() * kTileN + 64 * c;
+            const unsigned char* own = h_chunk + row * kRowBytes;  // the warp's rows
             if (n < args.inner) {
 #pragma unroll
                 for (int part = 0; part < kHParts; ++part) {
                     const int column = column_of_h(n, part);
                     if (column >= dh.width) continue;
-                    send_chunk<T>(dh, h_chunk + part * kPartBytes, thread, first, rows, part_of_h(part), column);
+                    send_rows<T>(dh, own + part * kPartBytes, lane, first + row, rows - row, part_of_h(part), column);
                 }
-                send_chunk<T>(a_out, h_chunk + kHParts * kPartBytes, thread, first, rows, 0, n);
+                send_rows<T>(a_out, own + kHParts * kPartBytes, lane, first + row, rows - row, 0, n);
             }
-            if (thread == 0) {
+            if (lane == 0) {
                 ptx::bulk_commit();
                 ptx::bulk_wait_read<1>();  // the chunk before this one is out
                 if (c > 0) give_back(before);
             }
             before = stage;
         }
-        if (rows < kRows) warpgroup_sync(consumer);  // all threads have sent their part of the last chunk
-        if (thread == 0) {
+        __syncwarp();  // all lanes have sent their part of the last chunk
+        if (lane == 0) {
             ptx::bulk_wait_read<0>();
             give_back(before);
         }
@@ -229,9 +230,9 @@ void launch_d_activation(const DActivationArguments& a, const Plan& plan, const 
     p.rows = a.d_out;
     p.row_stride = a.d_out_stride;
     p.w = weights_map(a.w, plan.num_experts, a.along ? kHalfN : kTileK);
-    const typename Epilogue::Arguments args{rows_map(a.h, plan.num_rows, kParts, a.inner * kRatio / kParts),
-                                            rows_map(a.dh, plan.num_rows, kParts, a.inner * kRatio / kParts),
-                                            rows_map(a.a, plan.num_rows, 1, a.inner),
+    const typename Epilogue::Arguments args{rows_map(a.h, plan.num_rows, kParts, a.inner * kRatio / kParts, kRows),
+                                            rows_map(a.dh, plan.num_rows, kParts, a.inner * kRatio / kParts, kWarpRows),
+                                            rows_map(a.a, plan.num_rows, 1, a.inner, kWarpRows),
                                             a.dh,
                                             a.a,
                                             a.partial,

@@ -56,11 +56,11 @@ struct GateUp : EpilogueDefaults {
 
     const Arguments& args;
     unsigned char* staging;
-    int consumer, thread;
+    int lane, row;  // the warp's first
     int buffer = 0;
 
     __device__ __forceinline__ GateUp(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
-        : args(a), staging(memory + c * kBuffers * kChunkBytes), consumer(c), thread(t) {}
+        : args(a), staging(memory + c * kBuffers * kChunkBytes), lane(t % kWarpSize), row(t / kWarpSize * kWarpRows) {}
 
     template <bool kAcross>
     static __device__ __forceinline__ void load_weights(const Arguments& args, const CUtensorMap& w, unsigned char* to,
@@ -85,7 +85,7 @@ struct GateUp : EpilogueDefaults {
     // A lane loads two elements for each of the tile's four chunks, all at once; the others get them from it.
     __device__ __forceinline__ void add_bias_of(const Tile& tile, float (&acc)[kTileN / 2]) const {
         constexpr int kChunks = kTileN / 64, kParts = kPartsOf<kLayout>, kChunksOfPart = kChunks / kParts;
-        const int lane = thread % kWarpSize, width = args.inner * kRatioOf<kLayout> / kParts;
+        const int width = args.inner * kRatioOf<kLayout> / kParts;
         const T* of_expert = args.bias + static_cast<int64_t>(tile.expert) * (kParts * width);
         uint32_t bias[kChunks];
 #pragma unroll
@@ -107,10 +107,9 @@ struct GateUp : EpilogueDefaults {
                                          int n) {
         unsigned char* chunk = staging + buffer * kChunkBytes;
         const uint32_t to = ptx::shared_address(chunk);
-        const int lane = thread % kWarpSize, row = thread / kWarpSize * 16;
         buffer ^= 1;
-        through_staging<kBuffers - 1>(
-            consumer, thread,
+        through_staging_of_warp<kBuffers - 1>(
+            lane,
             [&] {
                 if constexpr (kOfPairs) {
                     write_chunk_of_pairs<T>(to, row, lane, values);
@@ -118,7 +117,7 @@ struct GateUp : EpilogueDefaults {
                     write_chunk<T>(to, row, lane, values);
                 }
             },
-            [&] { send_chunk<T>(out, chunk, thread, first, rows, part, n); });
+            [&] { send_rows<T>(out, chunk + row * kRowBytes, lane, first + row, rows - row, part, n); });
     }
 
     template <typename Take, typename Give>
@@ -178,8 +177,8 @@ void launch_gate_up(const GateUpArguments& a, const Plan& plan, const Launch& la
     p.w = weights_map(a.w, plan.num_experts, a.across ? kTileK : kHalfN);
     // An output that nobody reads has no memory; its map is never used.
     typename Epilogue::Arguments args{};
-    if (a.h != nullptr) args.h = rows_map(a.h, plan.num_rows, kParts, a.inner * kRatio / kParts);
-    if (a.a != nullptr) args.a = rows_map(a.a, plan.num_rows, 1, a.inner);
+    if (a.h != nullptr) args.h = rows_map(a.h, plan.num_rows, kParts, a.inner * kRatio / kParts, kWarpRows);
+    if (a.a != nullptr) args.a = rows_map(a.a, plan.num_rows, 1, a.inner, kWarpRows);
     args.h_data = a.h;
     args.a_data = a.a;
     args.bias = static_cast<const T*>(a.bias);

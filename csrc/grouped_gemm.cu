@@ -35,16 +35,16 @@ struct StoreTogether : EpilogueDefaults {
 
     const Arguments& args;
     unsigned char* staging;
-    int consumer, thread;
+    int thread;
 
     __device__ __forceinline__ StoreTogether(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
-        : args(a), staging(memory + c * kBuffers * kChunkBytes), consumer(c), thread(t) {}
+        : args(a), staging(memory + c * kBuffers * kChunkBytes), thread(t) {}
 
     template <typename Take, typename Give>
     __device__ __forceinline__ void finish(const Tile& tile, int first, int rows, float (&acc)[kTileN / 2],
                                            unsigned char*, Take, Give) {
         const RowsOut out{&args.y, args.data, args.width, args.width};
-        const int lane = thread % kWarpSize, row = thread / kWarpSize * 16;
+        const int lane = thread % kWarpSize, row = thread / kWarpSize * kWarpRows;
         const bool biased = args.bias != nullptr;
         uint32_t bias[kTileN / 64];  // a pair of columns of each chunk, all loaded at once
         if (biased) {
@@ -60,10 +60,12 @@ struct StoreTogether : EpilogueDefaults {
             unsigned char* chunk = staging + c % kBuffers * kChunkBytes;
             const int n = tile.i_n() * kTileN + 64 * c;
             if (biased) add_bias<T>(acc + 32 * c, bias[c], lane);
-            through_staging<kBuffers - 1>(
-                consumer, thread, [&] { write_chunk<T>(ptx::shared_address(chunk), row, lane, acc + 32 * c); },
+            through_staging_of_warp<kBuffers - 1>(
+                lane, [&] { write_chunk<T>(ptx::shared_address(chunk), row, lane, acc + 32 * c); },
                 [&] {
-                    if (n < args.width) send_chunk<T>(out, chunk, thread, first, rows, 0, n);
+                    if (n < args.width) {
+                        send_rows<T>(out, chunk + row * kRowBytes, lane, first + row, rows - row, 0, n);
+                    }
                 });
         }
     }
@@ -126,7 +128,7 @@ struct StoreInTurn {
         }
     }
 
-    // send_chunk, for fewer columns than a box, too, and in few registers.
+    // All threads of the consumer, for fewer columns than a box, too, and in few registers.
     __device__ __forceinline__ void send_chunk(const unsigned char* chunk, int first, int rows, int n,
                                                int groups) const {
         if (groups == 8 && rows == kRows) {
@@ -164,7 +166,7 @@ struct StoreInTurn {
                 auto send = [&] {
                     if (n < args.width) send_chunk(chunk, first, min(rest, kRows), n, groups);
                 };
-                through_staging<kChunks - 1>(consumer, thread, write, send);
+                through_staging<kChunks - 1>(thread == 0, [&] { warpgroup_sync(consumer); }, write, send);
             }
         }
     }
@@ -194,17 +196,20 @@ int tile_columns(int64_t width, int64_t steps, bool across) {
 }
 
 template <bool kAcross>
-void launch_for(const GroupedGemmArguments& a, const Plan& plan, const StoreArguments& args, const Launch& launch) {
+void launch_for(const GroupedGemmArguments& a, const Plan& plan, const Launch& launch) {
+    StoreArguments args{{}, a.y, static_cast<const T*>(a.bias), a.bias_stride, static_cast<int>(a.width)};
     const int columns = tile_columns(a.width, ceil_div(a.reduced, kTileK), kAcross);
     VarlenM p = varlen_m(plan, a.width, columns, a.reduced);
     p.a = make_tensor_map({a.a, a.reduced, plan.num_rows, 1, a.a_stride, 0, kTileM, 1}, DType::kBFloat16);
     auto in_turn = [&](auto width) {
         constexpr int kN = decltype(width)::value;
         p.w = weights_map(a.w, plan.num_experts, PingPong<kN, kAcross, kStages>::kBoxRows);
+        args.y = rows_map(a.y, plan.num_rows, 1, a.width, kRows);
         launch_pingpong<T, kN, kAcross, kStages, StoreInTurn<kN>>(p, args, launch);
     };
     if (columns == kTileN) {
         p.w = weights_map(a.w, plan.num_experts, kAcross ? kTileK : kHalfN);
+        args.y = rows_map(a.y, plan.num_rows, 1, a.width, kWarpRows);
         launch_varlen_m<T, false, kAcross, kStages, StoreTogether>(p, args, launch);
     } else if (kAcross || columns == 192) {
         in_turn(std::integral_constant<int, 192>());
@@ -225,9 +230,7 @@ void grouped_gemm(const GroupedGemmArguments& a, const Plan& plan, const Launch&
     if (a.bias != nullptr) needs.rows("bias", a.bias, a.bias_stride, plan.num_experts, sizeof(T));
     needs.weights(a.w, plan.num_experts, a.across ? a.reduced : a.width, a.across ? a.width : a.reduced);
 
-    const StoreArguments args{rows_map(a.y, plan.num_rows, 1, a.width), a.y, static_cast<const T*>(a.bias),
-                              a.bias_stride, static_cast<int>(a.width)};
-    a.across ? launch_for<true>(a, plan, args, launch) : launch_for<false>(a, plan, args, launch);
+    a.across ? launch_for<true>(a, plan, launch) : launch_for<false>(a, plan, launch);
 }
 
 }  // namespace moe_kernels

@@ -78,7 +78,8 @@ void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launc
     p.contiguous_stride = static_cast<uint32_t>(contiguous_stride);
     p.gathered_width = static_cast<int>(a.gather_lhs ? a.m : a.n);
     p.contiguous_width = static_cast<int>(a.gather_lhs ? a.n : a.m);
-    p.dw = make_tensor_map({a.dw, a.n, a.m, plan.num_experts, a.n, a.m * a.n, kRows, 1}, a.dw_dtype);
+    p.dw = make_tensor_map({a.dw, a.n, a.m, plan.num_experts, a.n, a.m * a.n, a.gather_lhs ? kWarpRows : kRows, 1},
+                           a.dw_dtype);
     p.offsets = plan.offsets;
     p.slots = plan.slots;
     p.top_k = divisor(top_k);

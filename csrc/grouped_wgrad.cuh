@@ -55,7 +55,7 @@ using Wide = Tiling<1, 256, 4, 2, 208, 88>;  // 128 x 256
 
 struct Wgrad {
     CUtensorMap contiguous_map;  // [1, R, contiguous_width], box [1, kBoxRows, 64]
-    CUtensorMap dw;              // [E, M, N], box [1, 64, 128 bytes]
+    CUtensorMap dw;              // [E, M, N], box [1, kRows or, lhs gathered, kWarpRows, 128 bytes]
     const void *gathered, *contiguous;
     uint32_t gathered_row_bytes, contiguous_stride;  // the stride in bytes, and in elements
     int gathered_width, contiguous_width, m, n;
@@ -318,6 +318,10 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
     constexpr int kBuffers = Tiling::kBuffers, kChunks = Tiling::kN / 64;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     const int rank = ptx::cluster_rank();
+    // Upright, a warp has made whole rows of a chunk, and sends those. Transposed, the chunk is of all four.
+    const int own_row = kGatherLhs ? warp * kWarpRows : 0;
+    const bool leader = kGatherLhs ? lane == 0 : thread == 0;
+    auto meet = [&] { kGatherLhs ? __syncwarp() : warpgroup_sync(consumer); };
     Ring<Tiling::kStages> ring;
     unsigned char* chunks = shared.staging + consumer * kBuffers * kChunkBytes;
     for (int j = 0;; ++j) {
@@ -342,15 +346,15 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
                 }
             };
             auto send = [&] {
-                if (thread != 0 || (p.accumulate && tile.begin >= tile.end)) return;
+                if (!leader || (p.accumulate && tile.begin >= tile.end)) return;
                 const int g =
                     (kCluster * tile.pair + rank) * Tiling::kM + (consumer * Tiling::kBlocks + i / kChunks) * kRows;
                 const int c = tile.column * Tiling::kN + 64 * (i % kChunks);
-                const int row = kGatherLhs ? g : c, column = kGatherLhs ? c : g;
+                const int row = (kGatherLhs ? g : c) + own_row, column = kGatherLhs ? c : g;
 #pragma unroll
                 for (int part = 0; part < kAtOnce; ++part) {
                     if (row < p.m && column + 32 * part < p.n) {
-                        const unsigned char* from = chunk + part * kChunkBytes;
+                        const unsigned char* from = chunk + part * kChunkBytes + own_row * kRowBytes;
                         if (p.accumulate) {
                             ptx::tma_add_3d(&p.dw, from, column + 32 * part, row, tile.expert);
                         } else {
@@ -359,18 +363,18 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
                     }
                 }
             };
-            through_staging<kBuffers / kAtOnce - 1>(consumer, thread, write, send);
+            through_staging<kBuffers / kAtOnce - 1>(leader, meet, write, send);
         }
     }
-    if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+    if (leader) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
 template <typename Tiling, typename T, typename Out, bool kGatherLhs>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     grouped_wgrad_kernel(const __grid_constant__ Wgrad p) {
     extern __shared__ unsigned char memory[];
-    const auto shared =
-        init_shared<Tiling::kStages, Tiling::kStagingBytes, WgradTile, Tiling::kBytesOfStage>(memory, kGatherThreads + 1);
+    const auto shared = init_shared<Tiling::kStages, Tiling::kStagingBytes, WgradTile, Tiling::kBytesOfStage>(
+        memory, kGatherThreads + 1);
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
         ptx::give_registers<Tiling::kProducerRegisters>();

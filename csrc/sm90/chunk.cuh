@@ -7,9 +7,10 @@ namespace moe_kernels {
 
 // A column chunk [64 rows, 64 columns] of a consumer's results on its way out: to shared memory as the copy engine
 // wants it, then by the engine; the last rows of an expert by ordinary stores, since a box would cover the next
-// expert's.
+// expert's. Each warp sends the 16 rows that it has made.
+constexpr int kWarpRows = 16;
 struct RowsOut {
-    const CUtensorMap* map;  // [R, parts, width]
+    const CUtensorMap* map;  // [R, parts, width], box [kWarpRows, 1, 64]
     void* data;
     int64_t row_stride;  // elements, parts * width
     int width;
@@ -19,17 +20,23 @@ struct RowsOut {
 constexpr int kBuffers = 2;
 constexpr int kBuffersBytes = kConsumers * kBuffers * kChunkBytes;
 
-// All threads of a consumer: results through a chunk of staging memory, once all but the newest kPending of its copies
-// have read theirs.
-template <int kPending, typename Write, typename Send>
-__device__ __forceinline__ void through_staging(int consumer, int thread, Write write, Send send) {
-    if (thread == 0) ptx::bulk_wait_read<kPending>();
-    warpgroup_sync(consumer);
+// Results through a piece of staging memory, once all but the newest kPending of its copies have read theirs. By all
+// threads that write the piece: `meet` lets them wait for each other, the leader is the one that sends.
+template <int kPending, typename Meet, typename Write, typename Send>
+__device__ __forceinline__ void through_staging(bool leader, Meet meet, Write write, Send send) {
+    if (leader) ptx::bulk_wait_read<kPending>();
+    meet();
     write();
     ptx::fence_async_proxy();
-    warpgroup_sync(consumer);
+    meet();
     send();
-    if (thread == 0) ptx::bulk_commit();
+    if (leader) ptx::bulk_commit();
+}
+
+// The same for a warp's rows of a chunk, which it need not wait for the others to send.
+template <int kPending, typename Write, typename Send>
+__device__ __forceinline__ void through_staging_of_warp(int lane, Write write, Send send) {
+    through_staging<kPending>(lane == 0, [] { __syncwarp(); }, write, send);
 }
 
 // Columns 2 * lane and the next of a chunk's bias, to all of its rows: 32 accumulators of the warp's lanes.
@@ -62,21 +69,22 @@ __device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, c
     }
 }
 
-// All threads of a consumer, after a fence and a warpgroup_sync; `thread` 0 commits its copies afterwards.
+// All lanes of a warp, after a fence and a __syncwarp: its rows of a chunk, the first `rows` of them, to memory from
+// row `first` on. Lane 0 commits its copies afterwards.
 template <typename T>
-__device__ __forceinline__ void send_chunk(const RowsOut& out, const unsigned char* chunk, int thread, int first,
-                                           int rows, int part, int n) {
-    if (rows == kRows) {
-        if (thread == 0) ptx::tma_store_3d(out.map, chunk, n, part, first);
+__device__ __forceinline__ void send_rows(const RowsOut& out, const unsigned char* from, int lane, int first, int rows,
+                                          int part, int n) {
+    if (rows >= kWarpRows) {
+        if (lane == 0) ptx::tma_store_3d(out.map, from, n, part, first);
         return;
     }
     T* data = static_cast<T*>(out.data) + static_cast<int64_t>(first) * out.row_stride + part * out.width + n;
 #pragma unroll
-    for (int i = thread; i < kRows * 8; i += kWarpgroup) {
+    for (int i = lane; i < kWarpRows * 8; i += kWarpSize) {
         const int row = i / 8, piece = i % 8;
         if (row < rows && n + piece * 8 < out.width) {
             *reinterpret_cast<uint4*>(data + row * out.row_stride + piece * 8) =
-                *reinterpret_cast<const uint4*>(chunk + swizzled(row, piece));
+                *reinterpret_cast<const uint4*>(from + swizzled(row, piece));
         }
     }
 }

@@ -26,7 +26,7 @@ constexpr int kLaunchRegisters = 65536 / kBlockThreads / 8 * 8;  // of a thread,
 constexpr int kCluster = 2;                                      // blocks
 constexpr int kGatherWarps = 3, kGatherThreads = kGatherWarps * kWarpSize;  // of the producer's four warps
 constexpr int kGatherRows = kGatherThreads / 8;                             // at a time, a thread has 16 bytes of one
-constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;            // a bit each
+constexpr uint16_t kBothBlocks = (1 << kCluster) - 1;                       // a bit each
 
 constexpr int kRowBytes = 128;  // 64 elements, the swizzle's width
 constexpr int kABytes = kTileM * kRowBytes;
@@ -139,10 +139,10 @@ struct Shared {
     uint64_t* empty;  // per stage: all consumers of the cluster that take it are done with it
     uint64_t* own;    // the kernel's own
 
-    // One thread for `warps` warps of a consumer. To both producers: either one's copies may fill the stage next.
-    __device__ __forceinline__ void give_back(int stage, int warps = 1) const {
+    // One lane of each warp of a consumer. To both producers: either one's copies may fill the stage next.
+    __device__ __forceinline__ void give_back(int stage) const {
 #pragma unroll
-        for (int rank = 0; rank < kCluster; ++rank) ptx::mbarrier_arrive_in(empty + stage, rank, warps);
+        for (int rank = 0; rank < kCluster; ++rank) ptx::mbarrier_arrive_in(empty + stage, rank);
     }
 };
 

@@ -134,7 +134,7 @@ __device__ __forceinline__ void load_weight_half(const CUtensorMap& w, unsigned 
 //                                                          a tile's `rows` > 0 rows of this consumer, from row `first`
 //
 // take() waits for the next of the tile's kSteps own stages and returns its number n: it lies at stages + n *
-// kStageBytes. Once all threads of the consumer are done with it, thread 0 calls give_back(n). Where a consumer has no
+// kStageBytes. Once all of a warp are done with it, its lane 0 calls give_back(n). Where a consumer has no
 // rows, begin, look_ahead and finish are not called. What stands here may be replaced.
 struct EpilogueDefaults {
     static constexpr int kSteps = 0;      // stages that a tile takes after the reduction's
@@ -273,7 +273,6 @@ __device__ __forceinline__ void gather(const VarlenM& p, const Shared<kStages, T
 template <typename T, bool kGather, bool kAcross, int kStages, typename Epilogue>
 __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogue::Arguments& args,
                                         const Shared<kStages, Tile>& shared, int consumer, int thread) {
-    constexpr int kWarps = kWarpgroup / kWarpSize;
     const int steps = p.steps, look_ahead_step = min(kLookAheadStep, steps - 1);
     const bool first_lane = thread % kWarpSize == 0;
     Ring<kStages> ring;
@@ -295,17 +294,16 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
         multiply<T, false, kAcross, kGather>(acc, shared, ring, steps, consumer, first_lane, [&](int k) {
             if (k == look_ahead_step) epilogue.look_ahead();
         });
-        // The epilogue's own steps: it takes a stage once it has arrived, and thread 0 gives it back.
+        // The epilogue's own steps: a warp takes a stage once it has arrived, and its first lane gives it back.
         auto take = [&] {
             const int stage = ring.stage;
             ptx::mbarrier_wait(shared.full + stage, ring.parity);
             ring.advance();
             return stage;
         };
-        epilogue.finish(tile, first, rows, acc[0], shared.stages, take,
-                        [&](int stage) { shared.give_back(stage, kWarps); });
+        epilogue.finish(tile, first, rows, acc[0], shared.stages, take, [&](int stage) { shared.give_back(stage); });
     }
-    if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+    if (first_lane) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
 constexpr int kVarlenProducerRegisters = 72, kVarlenConsumerRegisters = 216;
@@ -343,8 +341,8 @@ inline CUtensorMap weights_map(const Weights& w, int num_experts, int box_rows) 
 }
 
 // Rows [R, parts * width], contiguous, as [R, parts, width]: a box never runs from one part into the next.
-inline CUtensorMap rows_map(const void* data, int64_t rows, int64_t parts, int64_t width) {
-    return make_tensor_map({data, width, parts, rows, width, parts * width, 1, kRows}, DType::kBFloat16);
+inline CUtensorMap rows_map(const void* data, int64_t rows, int64_t parts, int64_t width, int box_rows) {
+    return make_tensor_map({data, width, parts, rows, width, parts * width, 1, box_rows}, DType::kBFloat16);
 }
 
 inline VarlenM varlen_m(const Plan& plan, int64_t columns, int tile_columns, int64_t reduced) {
