@@ -2,8 +2,8 @@
 //
 //     order[number of experts with more steps, or as many and a lower id] = expert
 //
-// Each thread counts for its experts, all keys (steps, then id) being different: O(E^2 / 128), without a barrier
-// between steps of a sort.
+// Each thread counts for its experts, all keys (steps, then id) being different: O(E^2 / 96), without a barrier between
+// steps of a sort.
 #pragma once
 
 #include "sm90/pipeline.cuh"
@@ -12,13 +12,15 @@ namespace moe_kernels {
 
 constexpr int kMostSorted = 512;  // experts
 
-// By all threads of a producer, before the first tile. `keys`: shared memory for kMostSorted words, 16-byte aligned,
-// for the time of the call.
+// By all threads of a producer, before the first tile. Its first warp only meets the others: they are those that the
+// consumers wait for before they use the same memory. `keys`: shared memory for kMostSorted words, 16-byte aligned, for
+// the time of the call.
 __device__ __forceinline__ void sort_experts(const int* offsets, int num_experts, uint32_t* keys, short* order,
                                              int thread) {
     constexpr int kBits = 9;  // of an expert
     static_assert(kMostSorted == 1 << kBits);
-    for (int e = thread; e < (num_experts + 3) / 4 * 4; e += kWarpgroup) {
+    const int first = thread < kWarpSize ? kMostSorted : thread - kWarpSize;
+    for (int e = first; e < (num_experts + 3) / 4 * 4; e += kGatherThreads) {
         uint32_t key = 0;
         if (e < num_experts) {
             const int rows = __ldg(offsets + e + 1) - __ldg(offsets + e);
@@ -28,7 +30,7 @@ __device__ __forceinline__ void sort_experts(const int* offsets, int num_experts
         keys[e] = key;
     }
     warpgroup_sync(kConsumers);
-    for (int e = thread; e < num_experts; e += kWarpgroup) {
+    for (int e = first; e < num_experts; e += kGatherThreads) {
         const uint32_t mine = keys[e];
         int before = 0;
         for (int other = 0; other < num_experts; other += 4) {
