@@ -4,9 +4,3 @@
 GPU = "nvidia-h200"
 #: Whose it showed before; where that is another one, the README points at the older figures.
 GPU_BEFORE = "nvidia-h100-80gb-hbm3"
-
-
-def host_bound(peer: dict) -> bool:
-    """Whether the host takes longer for a peer's step than the GPU: the ratio of two steps in turn is then the host's,
-    since the GPU waits for it in both."""
-    return peer.get("host_ms", 0) > peer.get("step_ms", float("inf"))

@@ -4,12 +4,11 @@
     python -m benchmarks.floors --issue Triton     the floors of the issues whose title has that word
     python -m benchmarks.floors --gpu nvidia-h200  by the results of that GPU alone
 
-``floors.toml`` holds the floors and says which GPU they are for. A figure is met, short by some percent, missing (a
-ratio of two steps, too, that the host was too slow for), or stale: measured on kernels with another content hash than
-the present ones, or beside another run's. Of several GPUs' results a figure of the present code counts, if there is
-one, and of such the floors' own GPU's. A ratio, a size or a count settles a floor on any GPU; a time of another GPU
-than the floors' can't, whatever it is: elsewhere. A floor with ``unless`` is also met where that row says so. Exit
-status 0 when all that is asked for is met.
+``floors.toml`` holds the floors and says which GPU they are for. A figure is met, short by some percent, missing, or
+stale: measured on kernels with another content hash than the present ones, or beside another run's. Of several GPUs'
+results a figure of the present code counts, if there is one, and of such the floors' own GPU's. A ratio, a size or a
+count settles a floor on any GPU; a time of another GPU than the floors' can't, whatever it is: elsewhere. A floor with
+``unless`` is also met where that row says so. Exit status 0 when all that is asked for is met.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import GPU, host_bound
+from benchmarks import GPU
 from moe_kernels.bench.machine import content_hash
 from moe_kernels.bench.results import ROOT, load
 
@@ -35,8 +34,6 @@ _STRINGS = ("what", "file", "row", "metric", "relation")
 _KEYS = {*_STRINGS, "directory", "value", "times", "unless", "each"}
 #: What a time of the GPU ends in; seconds are the host's.
 _TIMES = ("_ms", "_us")
-#: And what a peer's time over ours ends in, both run in turn.
-_IN_TURN = "_over_moe_kernels"
 MET, SHORT, ELSEWHERE, MISSING, STALE = "met", "short", "elsewhere", "missing", "stale"
 _COLOURS = {MET: "green", SHORT: "red", ELSEWHERE: "cyan", MISSING: "yellow", STALE: "magenta"}
 #: Which of several GPUs' figures counts: first one of the present code, then one of any, then none.
@@ -194,8 +191,6 @@ def judge(floor: Floor, results: dict, present_hash: str) -> Verdict:
         if not _is_number(figure):
             what = floor.metric if row in results["rows"] else "row"
             return Verdict(floor, MISSING, None, None, f"no {what}" if row == floor.row else f"no {what} of {row}")
-    if floor.metric.endswith(_IN_TURN) and host_bound(results["rows"][floor.row]):
-        return Verdict(floor, MISSING, None, None, f"{found:.4g} is of a host that was slower than the GPU")
     machines = {results["rows"][row]["machine"] for row in rows}
     distance = "" if RELATIONS[floor.relation](found, allowed) else f"by {_distance(found, allowed)}"
     if any(results["machines"][machine]["content_hash"] != present_hash for machine in machines):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import host_bound, markdown
+from benchmarks import markdown
 from moe_kernels.bench.shapes import ALL_SHAPES, SHAPES, Shape
 from moe_kernels.cli import charts
 
@@ -128,7 +128,7 @@ def _cells(layer: Beside, published: Published) -> list[str]:
         markdown.figure(layer.stock, "step_ms", ".2f"),
         markdown.figure(layer.ours, "step_tflops", ".0f"),
         markdown.figure(layer.peer, "step_tflops", ".0f"),
-        markdown.DASH if host_bound(layer.peer) else markdown.figure(layer.peer, "step_over_moe_kernels", ".2f"),
+        markdown.figure(layer.peer, "step_over_moe_kernels", ".2f"),
         markdown.DASH if figure is None else f"*{'~' * figure.roughly}{figure.step:.0f} ({published.gpu})*",
     ]
 
@@ -155,11 +155,6 @@ def _sonicmoe(layers: list[Beside], machines: dict[str, dict], published: Publis
 def _reasons(layers: list[Beside]) -> list[str]:
     """Why stock or SonicMoE have a dash where they were tried."""
     return [
-        f"No ratio on {layer.shape.name}: the host takes {layer.peer['host_ms']:.1f} ms for SonicMoE's step, the GPU "
-        f"{layer.peer['step_ms']:.1f}."
-        for layer in layers
-        if host_bound(layer.peer)
-    ] + [
         f"{who} on {layer.shape.name}: {row['reason'].partition(';')[0].rstrip('.')}."
         for layer in layers
         for who, row in (("Stock", layer.stock), ("SonicMoE", layer.peer))
@@ -192,7 +187,7 @@ def _bars(layer: Beside) -> dict[str, float]:
     rows = {"stock": layer.stock, "ours": layer.ours, "peer": layer.peer}
     bars = {name: row["step_tflops"] for name, row in rows.items() if markdown.has(row, "step_tflops")}
     if "peer" in bars:
-        if markdown.has(layer.peer, "step_over_moe_kernels") and not host_bound(layer.peer):
+        if markdown.has(layer.peer, "step_over_moe_kernels"):
             bars["our_block"] = bars["peer"] * layer.peer["step_over_moe_kernels"]
     elif layer.published is not None:
         bars["published"] = layer.published.step

@@ -171,14 +171,6 @@ def test_beside_another_row_that_is_missing():
     assert (verdict.state, verdict.note) == (MISSING, "no row of block/a/peer")
 
 
-@pytest.mark.parametrize("host_ms, state", [(2.9, MET), (3.1, MISSING)])
-def test_a_ratio_in_turn_of_a_host_slower_than_the_gpu_is_none(host_ms, state):
-    floor = FLOOR._replace(metric="step_over_moe_kernels", relation=">=", value=1.2)
-    row = {"step_ms": 3.0, "host_ms": host_ms, "step_over_moe_kernels": 1.25}
-    verdict = floors.judge(floor, results(block_a_ours=row), HASH)
-    assert verdict.state == state and ("1.25 is of a host" in verdict.note) == (state == MISSING)
-
-
 def test_rows_of_two_runs_are_not_compared():
     floor = FLOOR._replace(value=0.5, times_row="block/a/peer")
     rows = results(other_machine=True, block_a_ours={"step_ms": 1.0}, block_a_peer={"step_ms": 5.0})

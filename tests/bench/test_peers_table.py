@@ -71,15 +71,6 @@ def test_every_layer_has_a_line_and_what_is_missing_is_a_dash():
         assert published == f"*{'~' if figure.roughly else ''}{figure.step:.0f} (H100)*"
 
 
-def test_a_ratio_that_is_the_hosts_is_a_dash():
-    peer = {"step_ms": 3.2, "host_ms": 5.3, "step_tflops": 431.0, "step_over_moe_kernels": 1.25}
-    found, text = table(ROWS | {f"block/{SONIC}/uniform/sonicmoe": peer})
-    assert found[SONIC][5:7] == ["431", "-"]
-    assert f"No ratio on {SONIC}: the host takes 5.3 ms for SonicMoE's step, the GPU 3.2." in text
-    measured = {f"experts/{SONIC}/uniform/moe_kernels": {"step_tflops": 493.0}, f"block/{SONIC}/uniform/sonicmoe": peer}
-    assert set(bars(measured)[SONIC]) == {"ours", "peer"}
-
-
 def test_without_a_layer_of_ours_there_is_nothing(tmp_path):
     rows = {name: row for name, row in ROWS.items() if "experts" not in name}
     assert peers_table.table(file_of(rows), "peers.png", lambda machines: "") == []
