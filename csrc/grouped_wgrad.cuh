@@ -297,13 +297,15 @@ __device__ __forceinline__ void gather(const Wgrad& p, const Shared<Tiling::kSta
             if (whole && all_columns) {
                 share.template copy<true>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token, kTileK, kM);
             } else {
+                int t = thread;
+                asm volatile("" : "+r"(t));  // or else what follows from it here is kept all through the loop
+                const Gather<kM> again(t);
                 const int rows = tile.end - row;  // of this step; 64 or more is all
-                share.template copy<false>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token, rows,
-                                           p.gathered_width - g - share.column());
+                again.template copy<false>(ptx::shared_address(a), gathered, p.gathered_row_bytes, token, rows,
+                                           p.gathered_width - g - again.column());
                 if (!whole) {
-                    copy_ragged<kN>(ptx::shared_address(b), thread, static_cast<const T*>(p.contiguous),
-                                    p.contiguous_stride, row, rows, tile.column * kN,
-                                    p.contiguous_width - tile.column * kN);
+                    copy_ragged<kN>(ptx::shared_address(b), t, static_cast<const T*>(p.contiguous), p.contiguous_stride,
+                                    row, rows, tile.column * kN, p.contiguous_width - tile.column * kN);
                 }
             }
             ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);

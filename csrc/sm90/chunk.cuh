@@ -53,9 +53,10 @@ __device__ __forceinline__ void add_bias(float* values, uint32_t pair, int lane)
     }
 }
 
-// Pairs of 16-bit results from 32 accumulators (8 groups of 8 columns) into a chunk.
+// Pairs of 16-bit results from 32 accumulators (8 groups of 8 columns) into a chunk, at a multiple of 1024 bytes.
 template <typename T>
 __device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, const float* values) {
+    const uint32_t to = chunk + swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), lane >> 4);
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
         uint32_t words[4];
@@ -65,7 +66,7 @@ __device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, c
             words[i] = from_floats(values[at], values[at + 1], static_cast<const T*>(nullptr));
         }
         // words: group j rows 0-7, group j rows 8-15, group j+1 rows 0-7, group j+1 rows 8-15
-        ptx::stmatrix_x4(chunk + swizzled(row + (lane >> 3 & 1) * 8 + (lane & 7), j + (lane >> 4)), words);
+        ptx::stmatrix_x4(to ^ (j << 4), words);  // swizzled(.., j + (lane >> 4)), as j is even
     }
 }
 
