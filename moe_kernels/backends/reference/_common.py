@@ -121,7 +121,7 @@ def activate(
     if not gated:
         return nonlinearity(h)
     gate, up = _gate_and_up(h, interleaved)
-    return nonlinearity(gate) * up
+    return nonlinearity(gate).mul_(up)
 
 
 def activate_bwd(
@@ -140,7 +140,7 @@ def activate_bwd(
         if not gated:
             return nonlinearity_bwd(d_a, h)
         gate, up = _gate_and_up(h, interleaved)
-        d_gate, d_up = nonlinearity_bwd(d_a * up, gate), d_a * nonlinearity(gate)
+        d_gate, d_up = nonlinearity_bwd(d_a * up, gate), nonlinearity(gate).mul_(d_a)
     return torch.stack([d_gate, d_up], dim=-1).flatten(-2) if interleaved else torch.cat([d_gate, d_up], dim=-1)
 
 

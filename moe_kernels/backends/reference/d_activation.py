@@ -42,6 +42,6 @@ def d_activation(
     a = activate(h, *how)
     s = weights_TK.reshape(-1)[slots, None].to(acc)
     d_weights_TK.view(-1)[slots] = (d_a * a).sum(-1)
-    dh_RN[:kept] = activate_bwd(d_a * s, h, *how)
-    a_RI[:kept] = a * s
+    dh_RN[:kept] = activate_bwd(d_a.mul_(s), h, *how)
+    a_RI[:kept] = a.mul_(s)
     return a_RI, d_weights_TK
