@@ -191,15 +191,16 @@ struct DActivation : EpilogueDefaults {
             const int n = tile.i_n() * kTileN + 64 * c;
             const unsigned char* own = h_chunk + row * kRowBytes;  // the warp's rows
             if (n < args.inner) {
+                send_rows<T>(lane, first + row, rows - row, [&](auto send) {
 #pragma unroll
-                for (int part = 0; part < kHParts; ++part) {
-                    const int column = column_of_h(n, part);
-                    if (column >= dh.width) continue;
-                    send_rows<T>(dh, own + part * kPartBytes, lane, first + row, rows - row, part_of_h(part), column);
-                }
-                send_rows<T>(a_out, own + kHParts * kPartBytes, lane, first + row, rows - row, 0, n);
+                    for (int part = 0; part < kHParts; ++part) {
+                        const int column = column_of_h(n, part);
+                        if (column < dh.width) send(dh, own + part * kPartBytes, part_of_h(part), column);
+                    }
+                    send(a_out, own + kHParts * kPartBytes, 0, n);
+                });
             }
-            if (lane == 0) {
+            if (ptx::elect()) {
                 ptx::bulk_commit();
                 ptx::bulk_wait_read<1>();  // the chunk before this one is out
                 if (c > 0) give_back(before);
@@ -207,7 +208,7 @@ struct DActivation : EpilogueDefaults {
             before = stage;
         }
         __syncwarp();  // all lanes have sent their part of the last chunk
-        if (lane == 0) {
+        if (ptx::elect()) {
             ptx::bulk_wait_read<0>();
             give_back(before);
         }

@@ -109,7 +109,6 @@ struct GateUp : EpilogueDefaults {
         const uint32_t to = ptx::shared_address(chunk);
         buffer ^= 1;
         through_staging_of_warp<kBuffers - 1>(
-            lane,
             [&] {
                 if constexpr (kOfPairs) {
                     write_chunk_of_pairs<T>(to, row, lane, values);
@@ -117,7 +116,10 @@ struct GateUp : EpilogueDefaults {
                     write_chunk<T>(to, row, lane, values);
                 }
             },
-            [&] { send_rows<T>(out, chunk + row * kRowBytes, lane, first + row, rows - row, part, n); });
+            [&] {
+                send_rows<T>(lane, first + row, rows - row,
+                             [&](auto send) { send(out, chunk + row * kRowBytes, part, n); });
+            });
     }
 
     template <typename Take, typename Give>

@@ -61,10 +61,11 @@ struct StoreTogether : EpilogueDefaults {
             const int n = tile.i_n() * kTileN + 64 * c;
             if (biased) add_bias<T>(acc + 32 * c, bias[c], lane);
             through_staging_of_warp<kBuffers - 1>(
-                lane, [&] { write_chunk<T>(ptx::shared_address(chunk), row, lane, acc + 32 * c); },
+                [&] { write_chunk<T>(ptx::shared_address(chunk), row, lane, acc + 32 * c); },
                 [&] {
                     if (n < args.width) {
-                        send_rows<T>(out, chunk + row * kRowBytes, lane, first + row, rows - row, 0, n);
+                        send_rows<T>(lane, first + row, rows - row,
+                                     [&](auto send) { send(out, chunk + row * kRowBytes, 0, n); });
                     }
                 });
         }
@@ -88,13 +89,15 @@ struct StoreInTurn {
     unsigned char* staging;
     unsigned char* bias;
     int consumer, thread;
+    bool first_warp;  // which sends
 
     __device__ __forceinline__ StoreInTurn(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
         : args(a),
           staging(memory + c * kChunks * kChunkBytes),
           bias(memory + kConsumers * kChunks * kChunkBytes + c * kBiasBytes),
           consumer(c),
-          thread(t) {}
+          thread(t),
+          first_warp(uniform(t / kWarpSize) == 0) {}
 
     // The bias, a pair of columns a thread. The threads meet between this and their reads.
     __device__ __forceinline__ void begin(const Tile& tile) const {
@@ -132,7 +135,7 @@ struct StoreInTurn {
     __device__ __forceinline__ void send_chunk(const unsigned char* chunk, int first, int rows, int n,
                                                int groups) const {
         if (groups == 8 && rows == kRows) {
-            if (thread == 0) ptx::tma_store_3d(&args.y, chunk, n, 0, first);
+            if (first_warp && ptx::elect()) ptx::tma_store_3d(&args.y, chunk, n, 0, first);
             return;
         }
 #pragma unroll 1
@@ -166,7 +169,8 @@ struct StoreInTurn {
                 auto send = [&] {
                     if (n < args.width) send_chunk(chunk, first, min(rest, kRows), n, groups);
                 };
-                through_staging<kChunks - 1>(thread == 0, [&] { warpgroup_sync(consumer); }, write, send);
+                through_staging<kChunks - 1>(
+                    first_warp && ptx::elect(), [&] { warpgroup_sync(consumer); }, write, send);
             }
         }
     }

@@ -308,7 +308,8 @@ __device__ __forceinline__ void gather(const Wgrad& p, const Shared<Tiling::kSta
                                     row, rows, tile.column * kN, p.contiguous_width - tile.column * kN);
                 }
             }
-            ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);
+            // An operand as the copy engine's, see ptx::elect.
+            ptx::mbarrier_arrive_after_copies(shared.full + uniform(ring.stage));
         }
         tile = tiles.wait(j + 1);
     }
@@ -322,7 +323,7 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
     const int rank = ptx::cluster_rank();
     // Upright, a warp has made whole rows of a chunk, and sends those. Transposed, the chunk is of all four.
     const int own_row = kGatherLhs ? warp * kWarpRows : 0;
-    const bool leader = kGatherLhs ? lane == 0 : thread == 0;
+    const bool leads = kGatherLhs || uniform(warp) == 0;  // this warp
     auto meet = [&] { kGatherLhs ? __syncwarp() : warpgroup_sync(consumer); };
     Ring<Tiling::kStages> ring;
     unsigned char* chunks = shared.staging + consumer * kBuffers * kChunkBytes;
@@ -348,7 +349,8 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
                 }
             };
             auto send = [&] {
-                if (!leader || (p.accumulate && tile.begin >= tile.end)) return;
+                if (!leads || (p.accumulate && tile.begin >= tile.end)) return;
+                if (!ptx::elect()) return;
                 const int g =
                     (kCluster * tile.pair + rank) * Tiling::kM + (consumer * Tiling::kBlocks + i / kChunks) * kRows;
                 const int c = tile.column * Tiling::kN + 64 * (i % kChunks);
@@ -365,10 +367,10 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
                     }
                 }
             };
-            through_staging<kBuffers / kAtOnce - 1>(leader, meet, write, send);
+            through_staging<kBuffers / kAtOnce - 1>(leads && ptx::elect(), meet, write, send);
         }
     }
-    if (leader) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+    if (leads && ptx::elect()) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
 template <typename Tiling, typename T, typename Out, bool kGatherLhs>
@@ -386,7 +388,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
         }
         if (uniform(thread / kWarpSize) > 0) {
             gather<Tiling, T>(p, shared, thread - kWarpSize);
-        } else if (thread == 0) {
+        } else if (ptx::elect()) {
             load<Tiling, T>(p, shared, order);
         }
     } else {

@@ -5,11 +5,14 @@ And the door to the extension, on any machine: what it says where it can't be us
 
 import ctypes
 import re
+import shutil
+import subprocess
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 from moe_kernels import backends
 from moe_kernels.backends.cuda import _extension
@@ -49,12 +52,26 @@ def test_no_torch():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KERNEL_FILES)
 def test_compiles_for_every_architecture_without_spills(name, tmp_path):
-    archs = ["90a"] if name in HOPPER_FILES else ARCHS
+    hopper = name in HOPPER_FILES
+    archs = ["90a"] if hopper else ARCHS
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    report = nvcc("-c", *targets, "-Xptxas=-v", CSRC / name, "-o", tmp_path / "kernels.o")
+    kernels = tmp_path / "kernels"
+    report = nvcc("-cubin" if hopper else "-c", *targets, "-Xptxas=-v", CSRC / name, "-o", kernels)
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert len(spills) >= len(archs)
     assert set(spills) == {("0", "0", "0")}, report
+    if hopper:
+        assert_no_loop_over_lanes(machine_code(kernels))
+
+
+def machine_code(cubin: Path) -> str:
+    cuobjdump = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([cuobjdump, "-sass", cubin], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def assert_no_loop_over_lanes(code: str) -> None:
+    """The compiler's way with an operand that may differ between lanes where the instruction takes one for all."""
+    assert "EXIT" in code and "BRA.U.ANY" not in code, "see elect in csrc/ptx/copy.cuh"
 
 
 @needs_nvcc

@@ -15,6 +15,21 @@
 
 namespace moe_kernels::ptx {
 
+// One lane of a whole warp, always the same, for the copy engine's work. The engine takes its operands from registers
+// that the lanes share. Under a branch on this, and under no other, the compiler knows that there is one lane to take
+// them from; elsewhere it puts a loop over the lanes around each copy, of about 250 clocks.
+__device__ __forceinline__ bool elect() {
+    uint32_t elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, elected;\n"
+        "}"
+        : "=r"(elected));
+    return elected != 0;
+}
+
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Box at (c0, c1, c2), innermost coordinate first, to shared memory; its bytes count on the barrier.

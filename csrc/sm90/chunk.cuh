@@ -35,8 +35,8 @@ __device__ __forceinline__ void through_staging(bool leader, Meet meet, Write wr
 
 // The same for a warp's rows of a chunk, which it need not wait for the others to send.
 template <int kPending, typename Write, typename Send>
-__device__ __forceinline__ void through_staging_of_warp(int lane, Write write, Send send) {
-    through_staging<kPending>(lane == 0, [] { __syncwarp(); }, write, send);
+__device__ __forceinline__ void through_staging_of_warp(Write write, Send send) {
+    through_staging<kPending>(ptx::elect(), [] { __syncwarp(); }, write, send);
 }
 
 // Columns 2 * lane and the next of a chunk's bias, to all of its rows: 32 accumulators of the warp's lanes.
@@ -70,24 +70,30 @@ __device__ __forceinline__ void write_chunk(uint32_t chunk, int row, int lane, c
     }
 }
 
-// All lanes of a warp, after a fence and a __syncwarp: its rows of a chunk, the first `rows` of them, to memory from
-// row `first` on. Lane 0 commits its copies afterwards.
-template <typename T>
-__device__ __forceinline__ void send_rows(const RowsOut& out, const unsigned char* from, int lane, int first, int rows,
-                                          int part, int n) {
+// All lanes of a warp, after a fence and a __syncwarp: its rows of some chunks, the first `rows` of them, to memory
+// from row `first` on. `chunks(send)` calls send(out, from, part, column) for each. The elected lane commits
+// afterwards.
+template <typename T, typename Chunks>
+__device__ __forceinline__ void send_rows(int lane, int first, int rows, Chunks chunks) {
     if (rows >= kWarpRows) {
-        if (lane == 0) ptx::tma_store_3d(out.map, from, n, part, first);
+        if (ptx::elect()) {
+            chunks([&](const RowsOut& out, const unsigned char* from, int part, int n) {
+                ptx::tma_store_3d(out.map, from, n, part, first);
+            });
+        }
         return;
     }
-    T* data = static_cast<T*>(out.data) + static_cast<int64_t>(first) * out.row_stride + part * out.width + n;
+    chunks([&](const RowsOut& out, const unsigned char* from, int part, int n) {
+        T* data = static_cast<T*>(out.data) + static_cast<int64_t>(first) * out.row_stride + part * out.width + n;
 #pragma unroll
-    for (int i = lane; i < kWarpRows * 8; i += kWarpSize) {
-        const int row = i / 8, piece = i % 8;
-        if (row < rows && n + piece * 8 < out.width) {
-            *reinterpret_cast<uint4*>(data + row * out.row_stride + piece * 8) =
-                *reinterpret_cast<const uint4*>(from + swizzled(row, piece));
+        for (int i = lane; i < kWarpRows * 8; i += kWarpSize) {
+            const int row = i / 8, piece = i % 8;
+            if (row < rows && n + piece * 8 < out.width) {
+                *reinterpret_cast<uint4*>(data + row * out.row_stride + piece * 8) =
+                    *reinterpret_cast<const uint4*>(from + swizzled(row, piece));
+            }
         }
-    }
+    });
 }
 
 }  // namespace moe_kernels

@@ -195,7 +195,7 @@ __device__ __forceinline__ void consume_in_turn(const VarlenM& p, const typename
         }
         epilogue.send(tile, rows, acc);
     }
-    if (thread == 0) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+    if (thread < kWarpSize && ptx::elect()) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
@@ -216,7 +216,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     if (warpgroup == 0) {
         ptx::give_registers<kProducerRegisters>();
         const int rank = ptx::cluster_rank();
-        if (thread == 0) produce<kN, kAcross>(p, shared, rank);
+        if (thread < kWarpSize && ptx::elect()) produce<kN, kAcross>(p, shared, rank);
         if (thread == kWarpSize && rank == 0) draw_tiles(p, shared);
     } else {
         ptx::take_registers<kConsumerRegisters>();

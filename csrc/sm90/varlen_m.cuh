@@ -303,7 +303,7 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
         };
         epilogue.finish(tile, first, rows, acc[0], shared.stages, take, [&](int stage) { shared.give_back(stage); });
     }
-    if (first_lane) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
+    if (ptx::elect()) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
 constexpr int kVarlenProducerRegisters = 72, kVarlenConsumerRegisters = 216;
@@ -320,9 +320,9 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
         ptx::give_registers<kVarlenProducerRegisters>();
-        if (kGather && uniform(thread / kWarpSize) > 0) {
-            gather<T, kStages, Epilogue>(p, shared, thread - kWarpSize);
-        } else if (thread == 0) {
+        if (uniform(thread / kWarpSize) > 0) {
+            if (kGather) gather<T, kStages, Epilogue>(p, shared, thread - kWarpSize);
+        } else if (ptx::elect()) {
             load<T, kGather, kAcross, kStages, Epilogue>(p, args, shared);
         }
     } else {

@@ -193,6 +193,13 @@ def test_tma_add(run, dtype, corner):
     assert_same(memory, expected)
 
 
+def test_elect(run):
+    """One lane of each warp, the same one every time."""
+    elected = poisoned(2, 4, 32)
+    run("elect", elected, 4)
+    assert (elected >= 0).all() and (elected.sum(dim=2) == 1).all() and (elected[0] == elected[1]).all()
+
+
 @pytest.mark.parametrize("buffers", [1, 2])
 def test_bulk_groups(run, buffers):
     """bulk_commit; bulk_wait_read: a buffer is free again; bulk_wait: what was sent has arrived."""

@@ -57,6 +57,11 @@ __global__ void tma_store_kernel(const __grid_constant__ CUtensorMap map, const 
     }
 }
 
+// Whether each lane was elected, twice: elected [2, threads].
+__global__ void elect_kernel(int* elected) {
+    for (int i = 0; i < 2; ++i) elected[i * blockDim.x + threadIdx.x] = ptx::elect() ? 1 : 0;
+}
+
 constexpr int kBulkBoxes = 32, kBulkRows = 256;
 
 // Box i of `boxes` [32, 256, 32] is all i + 1, by way of buffers that are used again as soon as they have been read.
@@ -89,6 +94,10 @@ __global__ void bulk_groups_kernel(const __grid_constant__ CUtensorMap map, cons
 }  // namespace
 
 extern "C" {
+
+const char* elect(int* elected, int warps, cudaStream_t stream) {
+    return run(elect_kernel, 1, warps * kWarpSize, 0, stream, elected);
+}
 
 // Tensor [size2, size1, size0], boxes [2, 16, 128 bytes].
 const char* tma_load(void* box, const void* tensor, int dtype, int size0, int size1, int size2, int stride1,
