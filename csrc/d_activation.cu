@@ -7,8 +7,9 @@
 // The epilogue goes through its 256 columns in chunks of 64. The chunks of H that belong to them come through the same
 // ring of stages as the operands of the product, so they are on their way while the products still run; dH is written
 // over them in the stage, A' beside them, and both go out by the copy engine from there. Every element of H has one
-// reader and one writer, one after the other. dS is a sum over all columns of I: each tile writes its partial sum by
-// slot, and they are added in a fixed order afterwards.
+// reader that uses it and one writer, one after the other; a tile at an expert's end also loads rows of the next one,
+// which may be H or dH by then, and makes nothing of them. dS is a sum over all columns of I: each tile writes its
+// partial sum by slot, and they are added in a fixed order afterwards.
 //
 // Chunks of H: one of gate and one of up columns (halves), two neighbours (in turn), or one (plain). Where gate and up
 // come in turn, those of a thread's two columns of dA' are eight bytes of H, which it reads and writes by itself.

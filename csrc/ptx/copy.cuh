@@ -17,7 +17,7 @@ namespace moe_kernels::ptx {
 
 // One lane of a whole warp, always the same, for the copy engine's work. The engine takes its operands from registers
 // that the lanes share. Under a branch on this, and under no other, the compiler knows that there is one lane to take
-// them from; elsewhere it puts a loop over the lanes around each copy, of about 250 clocks.
+// them from; elsewhere it puts a loop over the lanes around each copy, a hundred clocks or more.
 __device__ __forceinline__ bool elect() {
     uint32_t elected;
     asm volatile(

@@ -1,9 +1,10 @@
 // What the Hopper kernels share: the ring of stages between the producer and the consumers, the ring of tiles between
 // the thread that draws them and everybody else, the launch.
 //
-// The producer is a warpgroup. One thread of its first warp draws tiles and gives the copy engine its work; where rows
-// are gathered the other three warps do that. So neither waits for the other: weights and chunks of H are asked for as
-// soon as their stage is free, in both blocks of a cluster, which share them.
+// The producer is a warpgroup. One thread of its first warp draws tiles (one of its second where consumers take turns)
+// and gives the copy engine its work; where rows are gathered the other three warps do that. So neither waits for the
+// other: weights and chunks of H are asked for as soon as their stage is free, in both blocks of a cluster, which share
+// them.
 #pragma once
 
 #include <algorithm>

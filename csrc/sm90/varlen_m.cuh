@@ -1,4 +1,5 @@
-// The products over an expert's rows on Hopper: gate_up, grouped_gemm (down, dX) and d_activation are this one kernel.
+// The products over an expert's rows on Hopper: gate_up and d_activation are this one kernel, and grouped_gemm (down,
+// dX) where the reduction is long; pingpong.cuh has the others.
 //
 //     C[r, n] = sum_k A[row(r), k] * W[e, n, k]        for the rows r of expert e; what becomes of C is the epilogue's
 //
@@ -134,8 +135,8 @@ __device__ __forceinline__ void load_weight_half(const CUtensorMap& w, unsigned 
 //                                                          a tile's `rows` > 0 rows of this consumer, from row `first`
 //
 // take() waits for the next of the tile's kSteps own stages and returns its number n: it lies at stages + n *
-// kStageBytes. Once all of a warp are done with it, its lane 0 calls give_back(n). Where a consumer has no
-// rows, begin, look_ahead and finish are not called. What stands here may be replaced.
+// kStageBytes. Once all of a warp are done with it, one of its lanes calls give_back(n). Where a consumer has no rows,
+// begin, look_ahead and finish are not called. What stands here may be replaced.
 struct EpilogueDefaults {
     static constexpr int kSteps = 0;      // stages that a tile takes after the reduction's
     static constexpr int kStepBytes = 0;  // that load_step copies
@@ -294,7 +295,7 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
         multiply<T, false, kAcross, kGather>(acc, shared, ring, steps, consumer, first_lane, [&](int k) {
             if (k == look_ahead_step) epilogue.look_ahead();
         });
-        // The epilogue's own steps: a warp takes a stage once it has arrived, and its first lane gives it back.
+        // The epilogue's own steps: a warp takes a stage once it has arrived, and one of its lanes gives it back.
         auto take = [&] {
             const int stage = ring.stage;
             ptx::mbarrier_wait(shared.full + stage, ring.parity);

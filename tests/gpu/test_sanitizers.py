@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.sanitizer]
 
 ROOT = Path(__file__).parents[2]
 TIME_LIMIT = 300  # seconds, of each part
-#: mbarriers of a block that a tool tracks: a Hopper kernel has 16 to 19, and a kernel's own count isn't found.
+#: mbarriers of a block that a tool tracks: a Hopper kernel has 14 to 19, and a kernel's own count isn't found.
 BARRIERS = ["--num-cuda-barriers", "64"]
 TOOLS = {
     "memcheck": ["--report-api-errors", "no"],  # torch asks the driver for symbols that it need not have
