@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from moe_kernels import backends
 from moe_kernels.backends.cuda import _extension
@@ -65,7 +64,9 @@ def test_compiles_for_every_architecture_without_spills(name, tmp_path):
 
 
 def machine_code(cubin: Path) -> str:
-    cuobjdump = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    cuobjdump = shutil.which("cuobjdump")
+    if cuobjdump is None:  # nvcc may come without it, triton does not
+        cuobjdump = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([cuobjdump, "-sass", cubin], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
