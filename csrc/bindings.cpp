@@ -314,6 +314,10 @@ void bind_sm90(py::module_& m) {
         },
         py::kw_only(), "dw"_a, "dw_dtype"_a, "lhs"_a, "lhs_stride"_a, "rhs"_a, "rhs_stride"_a, "m"_a, "n"_a,
         "gather_lhs"_a, "accumulate"_a, "plan"_a, "num_sms"_a, "counter"_a, "stream"_a);
+    m.def("grouped_gemm_tile_columns", &grouped_gemm_tile_columns, py::kw_only(), "width"_a, "reduced"_a, "across"_a,
+          "Columns of the tiles that grouped_gemm takes.");
+    m.def("grouped_wgrad_takes_tall", &grouped_wgrad_takes_tall, py::kw_only(), "gathered_width"_a,
+          "contiguous_width"_a, "Whether grouped_wgrad takes tiles of 256 gathered columns by 192, not 128 by 256.");
     m.def("row_sums_workspace", &row_sums_workspace, py::kw_only(), "num_rows"_a, "num_experts"_a, "width"_a,
           "float32 words of scratch memory that row_sums needs.");
     m.def(

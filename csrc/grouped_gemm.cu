@@ -185,9 +185,12 @@ int64_t clocks(int64_t width, int64_t steps, int columns, bool in_turn) {
     return ceil_div(width, columns) * (products + rest);
 }
 
+}  // namespace
+
 // Columns of a tile: kTileN is the kernel whose consumers work together, fewer the one where they take turns. Each of
 // its products needs an eighth to a sixth more bytes from L2, so it has to save 2 %: not where the reduction is long.
-int tile_columns(int64_t width, int64_t steps, bool across) {
+int grouped_gemm_tile_columns(int64_t width, int64_t reduced, bool across) {
+    const int64_t steps = ceil_div(reduced, kTileK);
     int best = kTileN;
     int64_t fewest = clocks(width, steps, kTileN, false) * 49 / 50;
     for (const int columns : {208, 192}) {
@@ -199,10 +202,12 @@ int tile_columns(int64_t width, int64_t steps, bool across) {
     return best;
 }
 
+namespace {
+
 template <bool kAcross>
 void launch_for(const GroupedGemmArguments& a, const Plan& plan, const Launch& launch) {
     StoreArguments args{{}, a.y, static_cast<const T*>(a.bias), a.bias_stride, static_cast<int>(a.width)};
-    const int columns = tile_columns(a.width, ceil_div(a.reduced, kTileK), kAcross);
+    const int columns = grouped_gemm_tile_columns(a.width, a.reduced, kAcross);
     VarlenM p = varlen_m(plan, a.width, columns, a.reduced);
     p.a = make_tensor_map({a.a, a.reduced, plan.num_rows, 1, a.a_stride, 0, kTileM, 1}, DType::kBFloat16);
     auto in_turn = [&](auto width) {

@@ -20,6 +20,9 @@ struct GroupedGemmArguments {
     int64_t width, reduced;  // N, C
 };
 
+// Columns of the tiles that it takes: kTileN where consumers share a tile, fewer where they take turns.
+int grouped_gemm_tile_columns(int64_t width, int64_t reduced, bool across);
+
 void grouped_gemm(const GroupedGemmArguments& arguments, const Plan& plan, const Launch& launch);
 
 }  // namespace moe_kernels

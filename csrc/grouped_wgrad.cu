@@ -39,15 +39,18 @@ void launch_tiles(Wgrad p, const GroupedWgradArguments& a, const Plan& plan, con
 
 // Elements of dW that the tiles of an expert cover, columns past the widths among them.
 template <typename Tiling>
-int64_t covered(const Wgrad& p) {
+int64_t covered(int64_t gathered_width, int64_t contiguous_width) {
     constexpr int kPair = kCluster * Tiling::kM;
-    return ceil_div(p.gathered_width, kPair) * kPair * (ceil_div(p.contiguous_width, Tiling::kN) * Tiling::kN);
+    return ceil_div(gathered_width, kPair) * kPair * (ceil_div(contiguous_width, Tiling::kN) * Tiling::kN);
 }
 
-// Tall tiles are taken for 5 % faster, as measured where both widths fit (docs/kernels.md, version 10).
-bool takes_tall(const Wgrad& p) { return covered<Tall>(p) * 95 <= covered<Wide>(p) * 100; }
-
 }  // namespace
+
+// Tall tiles are taken for 5 % faster, as measured where both widths fit (docs/kernels.md, version 10).
+bool grouped_wgrad_takes_tall(int64_t gathered_width, int64_t contiguous_width) {
+    return covered<Tall>(gathered_width, contiguous_width) * 95 <=
+           covered<Wide>(gathered_width, contiguous_width) * 100;
+}
 
 void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launch& launch) {
     using T = __nv_bfloat16;
@@ -88,7 +91,7 @@ void grouped_wgrad(const GroupedWgradArguments& a, const Plan& plan, const Launc
     p.accumulate = a.accumulate;
     p.num_experts = plan.num_experts;
     p.counter = launch.counter;
-    if (takes_tall(p)) {
+    if (grouped_wgrad_takes_tall(p.gathered_width, p.contiguous_width)) {
         launch_tiles<Tall, T>(p, a, plan, launch);
     } else {
         launch_tiles<Wide, T>(p, a, plan, launch);

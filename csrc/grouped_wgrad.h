@@ -20,6 +20,9 @@ struct GroupedWgradArguments {
     bool accumulate;  // the products are added to what dw holds
 };
 
+// Of the tiles that it takes, whether they are 256 columns of the gathered side by 192, and not 128 by 256.
+bool grouped_wgrad_takes_tall(int64_t gathered_width, int64_t contiguous_width);
+
 void grouped_wgrad(const GroupedWgradArguments& arguments, const Plan& plan, const Launch& launch);
 
 }  // namespace moe_kernels

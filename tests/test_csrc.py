@@ -92,7 +92,7 @@ def test_every_ptx_wrapper_has_its_test():
         names = [name for name in functions if name != "run"]  # that of Wgmma, by its widths below
         assert not [name for name in names if not re.search(rf"ptx::{name}\b", tested)], path.name
     widths = set(re.findall(r"^WGMMA\((\d+),", (CSRC / "ptx" / "wgmma.cuh").read_text(), re.MULTILINE))
-    assert "Wgmma<__nv_bfloat16, kN," in tested and widths == set(re.findall(r"integral_constant<int, (\d+)>", tested))
+    assert "Wgmma<T, kN," in tested and widths == set(re.findall(r"integral_constant<int, (\d+)>", tested))
 
 
 def test_every_kernel_of_the_ptx_tests_is_run():
@@ -216,6 +216,28 @@ def test_what_the_hopper_kernels_take(extension, monkeypatch, op, capability, ch
     found = backends.why_not("cuda", op, HOPPER._replace(**change))
     if "dims" in change and op not in ("gate_up", "d_activation"):
         reason = None  # nothing is gathered, or a mask is at hand
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    "op, dims, reason",
+    [
+        ("permute", (2**30 - 8,), None),
+        ("permute", (2**30,), "width 1073741824 is not below 2**30"),
+        ("gate_up", (2**30 - 64, 2**30 - 8), None),
+        ("gate_up", (64, 2**30), "width 1073741824 is not below 2**30"),
+        ("grouped_gemm", (2**30, 64), "width 1073741824 is not below 2**30"),
+        ("grouped_wgrad", (2**22, 2**22), None),
+        ("grouped_wgrad", (2**22 + 8, 64), "widths of at most 2**22, not 4194312"),
+        ("grouped_wgrad", (64, 2**22 + 8), "widths of at most 2**22, not 4194312"),
+        ("grouped_wgrad", (2**22 + 8,), None),  # the sums alone
+        ("grouped_wgrad", (2**30,), "width 1073741824 is not below 2**30"),
+    ],
+)
+def test_the_widest_rows_that_the_kernels_take(extension, monkeypatch, op, dims, reason):
+    monkeypatch.setattr("moe_kernels.backends.cuda._device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    found = backends.why_not("cuda", op, HOPPER._replace(dims=dims))
     assert found is None if reason is None else reason in found
 
 

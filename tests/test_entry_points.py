@@ -266,5 +266,43 @@ def test_hopper_kernels(op, change, message):
 def test_every_entry_point_is_tested():
     """By name, on any machine: all that is bound and launches something."""
     bound = set(re.findall(r'm\.def\(\s*"(\w+)"', (CSRC / "bindings.cpp").read_text()))
-    launching = {name for name in bound if name != "driver_version" and not name.endswith("_workspace")}
+    asking = ("driver_version", "_workspace", "_tile_columns", "_takes_tall")
+    launching = {name for name in bound if not name.endswith(asking)}
     assert launching == {op for op, *_ in GENERIC + HOPPER}
+
+
+def of_sm90():
+    c = pytest.importorskip("moe_kernels._C")
+    if not c.sm90:
+        pytest.skip("built without the Hopper kernels")
+    return c
+
+
+@pytest.mark.parametrize(
+    "width, reduced, along, across",
+    [
+        (2048, 768, 208, 192),  # Qwen3-30B's down
+        (2048, 1536, 208, 192),  # its dX
+        (4096, 14336, 256, 256),  # Mixtral's: 2 % isn't to be saved
+        (7168, 4096, 208, 256),  # DeepSeek-V3's dX: 35 tiles of 208, or 38 of 192
+        (256, 64, 256, 256),  # one tile fits, two would not
+        (832, 128, 208, 192),
+        (576, 128, 192, 192),  # what tests/gpu/hopper.py has of either kind
+    ],
+)
+def test_tiles_of_products(width, reduced, along, across):
+    c = of_sm90()
+    assert c.grouped_gemm_tile_columns(width=width, reduced=reduced, across=False) == along
+    assert c.grouped_gemm_tile_columns(width=width, reduced=reduced, across=True) == across
+
+
+@pytest.mark.parametrize(
+    "gathered, contiguous, tall",  # docs/kernels.md, version 10
+    [
+        *[(2048, 1536, True), (2048, 768, True), (4096, 28672, True), (2880, 5760, True), (2880, 2880, True)],
+        *[(7168, 4096, True), (2048, 5120, True), (2048, 2048, True), (2048, 1024, False), (2048, 512, False)],
+        *[(1536, 512, False), (1536, 256, False), (768, 2048, False), (768, 256, False)],
+    ],
+)
+def test_tiles_of_weight_gradients(gathered, contiguous, tall):
+    assert of_sm90().grouped_wgrad_takes_tall(gathered_width=gathered, contiguous_width=contiguous) is tall

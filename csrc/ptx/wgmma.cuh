@@ -78,27 +78,32 @@ struct Wgmma;
 #define WGMMA_D104 WGMMA_D96, WGMMA_D8(96)
 #define WGMMA_D128 WGMMA_D96, WGMMA_D32(96)
 
-// For n columns of B. Operands go by number: the accumulators from 0, then A (hence `size`), B and the others.
-#define WGMMA(n, size, at_b, at_accumulate, across_a, across_b)                                                      \
-    template <int kAcrossA, int kAcrossB>                                                                            \
-    struct Wgmma<__nv_bfloat16, n, kAcrossA, kAcrossB> {                                                             \
-        static __device__ __forceinline__ void run(float (&d)[size], uint64_t a, uint64_t b, bool accumulate) {      \
-            asm volatile(                                                                                            \
-                "{\n"                                                                                                \
-                ".reg .pred p;\n"                                                                                    \
-                "setp.ne.b32 p, %" #at_accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n                       \
-                "k16.f32.bf16.bf16 {" WGMMA_##size "}, %" #size ", %" #at_b ", p, 1, 1, %" #across_a ", %" #across_b \
-                                                   ";\n}\n"                                                          \
-                : WGMMA_D##size                                                                                      \
-                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));                  \
-        }                                                                                                            \
+// For operands of `type` and n columns of B. Operands go by number: the accumulators from 0, then A (hence `size`), B
+// and the others.
+#define WGMMA_OF(type, name, n, size, at_b, at_accumulate, across_a, across_b)                                         \
+    template <int kAcrossA, int kAcrossB>                                                                              \
+    struct Wgmma<type, n, kAcrossA, kAcrossB> {                                                                        \
+        static __device__ __forceinline__ void run(float (&d)[size], uint64_t a, uint64_t b, bool accumulate) {        \
+            asm volatile(                                                                                              \
+                "{\n"                                                                                                  \
+                ".reg .pred p;\n"                                                                                      \
+                "setp.ne.b32 p, %" #at_accumulate ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #name        \
+                "." #name " {" WGMMA_##size "}, %" #size ", %" #at_b ", p, 1, 1, %" #across_a ", %" #across_b ";\n}\n" \
+                : WGMMA_D##size                                                                                        \
+                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kAcrossA), "n"(kAcrossB));                    \
+        }                                                                                                              \
     };
+
+#define WGMMA(...)                             \
+    WGMMA_OF(__nv_bfloat16, bf16, __VA_ARGS__) \
+    WGMMA_OF(__half, f16, __VA_ARGS__)
 
 WGMMA(192, 96, 97, 98, 99, 100)
 WGMMA(208, 104, 105, 106, 107, 108)
 WGMMA(256, 128, 129, 130, 131, 132)
 
 #undef WGMMA
+#undef WGMMA_OF
 #undef WGMMA_96
 #undef WGMMA_104
 #undef WGMMA_128

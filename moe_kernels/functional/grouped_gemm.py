@@ -52,14 +52,19 @@ def grouped_gemm(
     """Multiply the rows of each expert by that expert's matrix.
 
     Args:
-        a_RC: rows in expert order [R, C], e.g. from :func:`permute`.
-        w: [E, N, C] as nn.Linear stores it (``trans_w``), or [E, C, N].
+        a_RC: rows in expert order [R, C], e.g. from :func:`permute`; any float dtype.
+        w: [E, N, C] as nn.Linear stores it (``trans_w``), or [E, C, N]; of the dtype of ``a_RC``.
         plan: the routing plan of the rows.
-        bias_EN: optional [E, N].
+        bias_EN: optional [E, N], of the dtype of ``a_RC``.
 
     Returns:
         [R, N] in the dtype of ``a_RC``. Rows of dropped slots are not written. Differentiable in ``a_RC``, ``w`` and
         ``bias_EN``.
+
+    Raises:
+        TypeError: ``plan`` is no :class:`RoutingPlan`, a tensor is not floating-point or not of the dtype of ``a_RC``.
+        ValueError: a tensor of the wrong shape, or not of the plan's R rows, E experts or device.
+        RuntimeError: a double backward, a forced backend that can't run.
     """
     check_plan("grouped_gemm", plan)
     if a_RC.dim() == 2:

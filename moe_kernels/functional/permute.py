@@ -47,7 +47,19 @@ class _Unpermute(torch.autograd.Function):
 def permute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
     """Copy each token's row to its K places in expert order: [T, D] -> [R, D]; rows of dropped slots are zero.
 
-    Differentiable in ``x_TD``. Expert e's rows are ``plan.offsets_E1[e]`` to ``plan.offsets_E1[e + 1]``.
+    Expert e's rows are ``plan.offsets_E1[e]`` to ``plan.offsets_E1[e + 1]``.
+
+    Args:
+        x_TD: tokens [T, D], any float dtype.
+        plan: their routing plan.
+
+    Returns:
+        [R, D] in the dtype of ``x_TD``. Differentiable in ``x_TD``.
+
+    Raises:
+        TypeError: ``plan`` is no :class:`RoutingPlan`, ``x_TD`` is not floating-point.
+        ValueError: ``x_TD`` is not 2-dimensional, or not of the plan's T tokens or device.
+        RuntimeError: a double backward, a forced backend that can't run.
     """
     check_plan("permute", plan)
     return _Permute.apply(x_TD, plan)
@@ -56,7 +68,20 @@ def permute(x_TD: Tensor, plan: RoutingPlan) -> Tensor:
 def unpermute(y_RD: Tensor, plan: RoutingPlan, weights_TK: Tensor | None = None) -> Tensor:
     """Sum each token's K expert rows: [R, D] -> [T, D], weighted when ``weights_TK`` [T, K] is given.
 
-    Sums in fp32, k ascending. Differentiable in both. Rows of dropped slots are never read.
+    Sums in fp32 (fp64 for fp64), k ascending. Rows of dropped slots are never read.
+
+    Args:
+        y_RD: rows in expert order [R, D], any float dtype.
+        plan: the routing plan of the rows.
+        weights_TK: optional [T, K], any float dtype.
+
+    Returns:
+        [T, D] in the dtype of ``y_RD``. Differentiable in ``y_RD`` and ``weights_TK``.
+
+    Raises:
+        TypeError: ``plan`` is no :class:`RoutingPlan`, a tensor is not floating-point.
+        ValueError: ``y_RD`` is not [R, D] or ``weights_TK`` not [T, K] of the plan, or they are not on its device.
+        RuntimeError: a double backward, a forced backend that can't run.
     """
     check_plan("unpermute", plan)
     return _Unpermute.apply(y_RD, weights_TK, plan)

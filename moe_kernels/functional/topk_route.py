@@ -55,8 +55,8 @@ def topk_route(
         score_after_topk: choose on the logits, then score only the chosen (gpt-oss, Granite).
         renormalize: divide the K weights by their sum + ``epsilon``, but by no less than ``min_sum``.
         scale: multiplies the weights, after renormalising.
-        selection_bias_E: [E] added to the scores for choosing only; gets no gradient (DeepSeek-V3, section 2.1.2 of
-            arXiv 2412.19437). Without one the logits themselves are compared.
+        selection_bias_E: [E], any float dtype, added to the scores for choosing only; gets no gradient (DeepSeek-V3,
+            section 2.1.2 of arXiv 2412.19437). Without one the logits themselves are compared.
         num_groups, top_groups: keep only the experts of the ``top_groups`` best groups.
         group_score: what makes a group good: "top2_sum", its two best scores (DeepSeek-V3), or "max", its best one
             (DeepSeek-V2).
@@ -72,7 +72,10 @@ def topk_route(
         are chosen last, and the K experts of a token are always distinct.
 
     Raises:
-        ValueError: an argument out of range or a bias of the wrong shape, named in the message.
+        TypeError: the logits or the bias are not floating-point.
+        ValueError: an argument out of range, logits or a bias of the wrong shape, a bias on another device than the
+            logits; named in the message.
+        RuntimeError: an option of the wrong type, a double backward, a forced backend that can't run.
     """
     how = (scoring, score_after_topk, renormalize, epsilon, scale)
     groups = (num_groups, top_groups, group_score, losers_zero)

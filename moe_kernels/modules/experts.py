@@ -35,6 +35,10 @@ class Experts(nn.Module):
 
     Shapes:
         x_TD [T, D], routing_weights_TK [T, K], expert indices [T, K] or a plan of them -> [T, D]
+
+    Raises:
+        ValueError: a size that is no positive integer, an unknown activation or recompute, an ``alpha``, ``limit`` or
+            ``interleaved`` that does not fit the activation.
     """
 
     def __init__(
@@ -87,9 +91,16 @@ class Experts(nn.Module):
         """Run the experts.
 
         Args:
-            x_TD: [T, D].
-            routing_weights_TK: [T, K].
-            routing: expert indices [T, K] (below 0 or >= E: no expert), or their ``functional.routing_plan``.
+            x_TD: [T, D], of the dtype of the parameters; any float dtype under autocast.
+            routing_weights_TK: [T, K], any float dtype.
+            routing: expert indices int64 or int32 [T, K] (below 0 or >= E: no expert), or their
+                ``functional.routing_plan``.
+
+        Returns:
+            [T, D] in the dtype of ``x_TD``.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: see :func:`functional.moe_experts`.
         """
         up, down = getattr(self, self._up_name), self.down_proj
         if self.transposed:

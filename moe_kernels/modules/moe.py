@@ -23,7 +23,14 @@ class MoE(nn.Module):
         router_options: those of :class:`TopKRouter`, ``scoring`` and so on.
 
     Shapes:
-        x [..., D] -> [..., D]
+        x [..., D] -> [..., D] in the dtype of x
+
+    Raises:
+        ValueError: an argument that :class:`TopKRouter` or :class:`Experts` refuses, a ``shared_intermediate_size``
+            that is no positive integer; in the forward, an x that is not [..., D].
+        TypeError: an unknown router option; in the forward, an x that is no tensor or, outside autocast, of another
+            dtype than the parameters.
+        RuntimeError: in the forward and the backward, see :func:`functional.moe_experts`.
     """
 
     def __init__(

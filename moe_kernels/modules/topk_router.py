@@ -53,7 +53,12 @@ class TopKRouter(nn.Module):
 
     Shapes:
         x_TD [T, D] -> (routing_weights_TK [T, K] ``weights_dtype``, expert_indices_TK [T, K] int64,
-        logits_TE [T, E] fp32)
+        logits_TE [T, E] fp32, or fp64 where x or the parameter is)
+
+    Raises:
+        ValueError: an argument that is none of those above or out of range, a ``top_k`` of more experts than there are
+            or than the kept groups have; named in the message.
+        RuntimeError: a double backward, a forced backend that can't run.
     """
 
     def __init__(

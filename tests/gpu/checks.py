@@ -52,7 +52,7 @@ def rows_of(properties: Iterable[tuple[str, dict]], asked: int) -> tuple[dict[st
 def _put_sanitizer(rows: dict[str, dict], notes: list[str], name: str, parts: list[dict]) -> None:
     """The sum of a tool's parts: when all have been watched, or one of them isn't clean."""
     row = {key: sum(part[key] for part in parts) for key in ("errors", "calls", "seconds")}
-    row["seconds"] = round(row["seconds"], 1)
+    row |= {"seconds": round(row["seconds"], 1), "version": parts[0]["version"]}
     if len(parts) < parts[0]["parts"]:
         notes.append(f"{name}: {row['errors']} errors in {len(parts)} parts; {parts[0]['parts']} make a row")
         if not row["errors"]:

@@ -181,7 +181,8 @@ def outcome(kind="hopper", cases=1000, declined=0, failures=()):
 
 
 def watched(part, errors=0, tool="memcheck"):
-    return "sanitizer", {"tool": tool, "part": part, "parts": 2, "errors": errors, "calls": 100, "seconds": 20.25}
+    of = {"tool": tool, "part": part, "parts": 2, "version": "2026.4.0.0"}
+    return "sanitizer", of | {"errors": errors, "calls": 100, "seconds": 20.25}
 
 
 def test_rows():
@@ -190,7 +191,7 @@ def test_rows():
     rows, notes = checks.rows_of(found, FULL)
     asked = {"first_case": 0, "last_case": 1999}
     assert rows == {
-        "sanitizer/memcheck": {"errors": 0, "calls": 200, "seconds": 40.5},
+        "sanitizer/memcheck": {"errors": 0, "calls": 200, "seconds": 40.5, "version": "2026.4.0.0"},
         "soak/hopper": {"cases": 2000, "declined": 0, "failures": 1} | asked,
         "soak/topk_route": {"cases": 1400, "declined": 600, "failures": 0} | asked,
         "soak/combine": {"cases": 1999, "declined": 0, "failures": 0} | asked,
@@ -208,7 +209,7 @@ def test_a_tool_has_a_row_when_all_parts_were_watched_or_one_is_not_clean():
     found = [watched("a"), watched("a", tool="racecheck"), watched("b", 3), watched("b", 2, "initcheck")]
     rows, notes = checks.rows_of(found, FEW)
     assert rows == {
-        "sanitizer/memcheck": {"errors": 3, "calls": 200, "seconds": 40.5},
-        "sanitizer/initcheck": {"errors": 2, "calls": 100, "seconds": 20.2},
+        "sanitizer/memcheck": {"errors": 3, "calls": 200, "seconds": 40.5, "version": "2026.4.0.0"},
+        "sanitizer/initcheck": {"errors": 2, "calls": 100, "seconds": 20.2, "version": "2026.4.0.0"},
     }
     assert notes == [f"sanitizer/{t} in 1 parts; 2 make a row" for t in ("racecheck: 0 errors", "initcheck: 2 errors")]

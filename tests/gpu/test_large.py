@@ -1,4 +1,4 @@
-"""More than 2**31 elements in one tensor: a row index times a stride leaves int32. A few rows are checked.
+"""More than 2**31 elements in one tensor: the index of a row or expert times a stride leaves int32. Parts are checked.
 
 Each backend is forced, so no case passes by another one's kernel.
 """
@@ -13,7 +13,7 @@ import torch
 from moe_kernels import backends, use_backend
 from moe_kernels.functional import routing_plan
 from tests.gpu import hopper
-from tests.helpers import activate, assert_close, relative_l2
+from tests.helpers import activate, assert_close, bitwise_equal, relative_l2
 from tests.tolerances import TIMES_PLAIN
 
 pytestmark = pytest.mark.gpu
@@ -25,6 +25,9 @@ N = 2 * I
 WIDE = 2056
 DTYPE = torch.bfloat16
 assert min(R * N, R * WIDE) > 2**31 > R * I, "H is past int32"
+#: Of weights [EXPERTS, WIDEST, WIDEST]; every expert has FEW rows, a whole tile and a ragged one.
+EXPERTS, WIDEST, FEW = 9, 16392, 129
+assert (EXPERTS - 1) * WIDEST**2 > 2**31, "the last expert's are past int32"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,14 @@ def routed():
     rows = torch.tensor([0, 1, *range(0, R, R // 50), around - 1, around, around + 1, R - 2, R - 1], device="cuda")
     yield indices, plan, rows
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def few():
+    """The plan of few tokens that all go to every expert, and of the first and the last their rows and tokens."""
+    plan = routing_plan(torch.arange(EXPERTS, device="cuda").repeat(FEW, 1), EXPERTS, block_m=128)
+    rows = {e: slice(*plan.offsets_E1[e : e + 2].tolist()) for e in (0, EXPERTS - 1)}
+    return plan, {e: (of, plan.slots_R[of].long() // EXPERTS) for e, of in rows.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +160,33 @@ def test_permute(routed, run):
     x = normal(T, WIDE)
     out = run("permute", x, None, plan.offsets_E1, plan.slots_R, plan.positions_TK)
     assert torch.equal(out[rows], x[of_rows(indices, plan, rows)[1]])
+
+
+@pytest.mark.parametrize("trans_w", [True, False])
+def test_grouped_gemm_of_weights_past_int32(few, run, trans_w):
+    plan, of_experts = few
+    a, w = normal(FEW * EXPERTS, WIDEST), normal(EXPERTS, WIDEST, WIDEST, scale=WIDEST**-0.5)
+    y = run("grouped_gemm", a, w, None, plan.offsets_E1, plan.tiles_2M, plan.block_m, trans_w)
+    for e, (rows, _) in of_experts.items():
+        last = w[e, -64:].T if trans_w else w[e, :, -64:]
+        close(y[rows, -64:], torch.matmul, a[rows], last, what=f"expert {e}")
+
+
+@pytest.mark.parametrize("gather", ["lhs", "rhs"])
+def test_grouped_wgrad_past_int32(few, run, gather):
+    """Made, and added to what is there."""
+    plan, of_experts = few
+    lhs, rhs = (normal(FEW if gather == side else FEW * EXPERTS, WIDEST) for side in ("lhs", "rhs"))
+    sides = lhs, rhs, plan.offsets_E1, plan.slots_R, EXPERTS, gather
+    dw, _ = run("grouped_wgrad", *sides, False, DTYPE)
+    for e, (rows, tokens) in of_experts.items():
+        left, right = lhs[tokens if gather == "lhs" else rows, -64:], rhs[tokens if gather == "rhs" else rows]
+        close(dw[e, -64:], lambda left, right: left.T @ right, left, right, what=f"expert {e}")
+    into = normal(EXPERTS, WIDEST, WIDEST)
+    expected = {e: into[e] + dw[e] for e in of_experts}
+    run("grouped_wgrad_", *sides, into)
+    for e, sums in expected.items():
+        assert bitwise_equal(into[e], sums), f"expert {e}"
 
 
 @pytest.mark.parametrize("op", ["combine", "unpermute"])

@@ -5,6 +5,7 @@ results, so a wrapper that doesn't work fails its own test and the others that n
 """
 
 import ctypes
+import itertools
 import random
 import shutil
 
@@ -266,6 +267,7 @@ def in_steps(operand, across):
     return operand.unflatten(1, (-1, 64)).unflatten(0, (-1, 64)).permute(2, 0, 3, 1).contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("accumulate", [False, True], ids=["overwrite", "accumulate"])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("across_a", [False, True], ids=["a-along", "a-across"])
@@ -273,12 +275,13 @@ def in_steps(operand, across):
     "width,across_b",  # across, columns come in chunks of 64
     [(192, False), (192, True), (208, False), (256, False), (256, True)],
 )
-def test_wgmma(run, width, across_a, across_b, steps, accumulate):
+def test_wgmma(run, width, across_a, across_b, steps, accumulate, dtype):
     """Wgmma, its descriptors, fences and groups; fence_async_proxy, as ordinary stores write the operands."""
-    a, b = integers(64, 64 * steps), integers(width, 64 * steps)
+    a, b = integers(64, 64 * steps, dtype=dtype), integers(width, 64 * steps, dtype=dtype)
     c = integers(64, width, dtype=torch.float32) if accumulate else poisoned(64, width, dtype=torch.float32)
     expected = a.float() @ b.float().T + (c if accumulate else 0)
-    run("wgmma", c, in_steps(a, across_a), in_steps(b, across_b), steps, accumulate, across_a, across_b, width)
+    operands = in_steps(a, across_a), in_steps(b, across_b)
+    run("wgmma", c, *operands, steps, accumulate, across_a, across_b, width, dtype == torch.float16)
     assert_same(c, expected)
 
 
@@ -307,3 +310,38 @@ def test_divide(run, d):
     quotients = poisoned(len(numbers))
     run("divide", quotients, torch.tensor(numbers, dtype=torch.int32, device="cuda"), len(numbers), d)
     assert quotients.tolist() == [n // d for n in numbers]
+
+
+# sm90/longest_first.cuh
+
+
+#: Rows of an expert, by a Random.
+ROWS = {
+    "random": lambda chooser: chooser.randrange(10_000),
+    "some-empty": lambda chooser: chooser.randrange(2) * chooser.randrange(1000),
+    "all-empty": lambda chooser: 0,
+    "ties": lambda chooser: 64 * chooser.randrange(4) + chooser.choice([0, 1, 63]),
+}
+EXPERTS = pytest.mark.parametrize("num_experts", [1, 3, 96, 97, 511, 512])
+
+
+def check_longest_first(run, rows):
+    """By steps of 64 rows, most first; of experts with equally many the lower id first."""
+    offsets = torch.tensor([0, *itertools.accumulate(rows)], dtype=torch.int32, device="cuda")
+    order = poisoned(len(rows))
+    run("longest_first", order, offsets, len(rows))
+    steps = [min(-(-r // 64), 2**23 - 1) for r in rows]  # as many as a key has room for
+    assert order.tolist() == sorted(range(len(rows)), key=lambda e: (-steps[e], e))
+
+
+@EXPERTS
+@pytest.mark.parametrize("rows", ROWS)
+def test_longest_first(run, rows, num_experts):
+    chooser = random.Random(num_experts)
+    check_longest_first(run, [ROWS[rows](chooser) for _ in range(num_experts)])
+
+
+@EXPERTS
+def test_longest_first_of_more_steps_than_a_key_holds(run, num_experts):
+    longest = (2**29 - 128, 2**29, 2**29 - 64)[:num_experts]  # a step less than the most, one more, the most
+    check_longest_first(run, [*range(num_experts - len(longest)), *longest])

@@ -50,6 +50,12 @@ def command(tool: str, part: str) -> list[str]:
     ]
 
 
+def version() -> str:
+    """The tool's own: what it sees and what it reports by mistake changes with it."""
+    said = subprocess.run(["compute-sanitizer", "--version"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return re.search(r"Version (\S+)", said)[1]
+
+
 def report(output: str) -> str:
     """What the tool says, without the cases that passed, and the last of them."""
     lines = output.splitlines()
@@ -86,6 +92,7 @@ def test_clean(tool, part, record_property):
     if "Device not supported" in output:
         pytest.skip(f"compute-sanitizer can't watch this device\n{report(output)}")
     row = found_in(output, status) | {"seconds": round(time.perf_counter() - start, 1)}
-    record_property("sanitizer", {"tool": tool, "part": part, "parts": len(PARTS), **row})
+    of = {"tool": tool, "part": part, "parts": len(PARTS), "version": version()}
+    record_property("sanitizer", of | row)
     ended = f"status {status}" if status is not None else f"stopped after {TIME_LIMIT} s"
     assert row["errors"] == 0, f"{tool} of {part}: {row['errors']} errors, {ended}\n{report(output)}"

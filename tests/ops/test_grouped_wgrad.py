@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests import helpers
-from tests.helpers import Case, Problem, assert_close, bitwise_equal
+from tests.helpers import Case, Problem, assert_close, bitwise_equal, odd_rows, shifted
 
 OP = "grouped_wgrad"
 
@@ -98,6 +98,17 @@ def test_strided_inputs(target):
         reference = expected if left.stride(0) else run(p, left.contiguous(), rhs, "lhs")
         for name, ours, contiguous in zip(("dW", "db"), run(p, left, right, "lhs"), reference):
             assert_close(ours, contiguous.double(), contiguous, name)
+
+
+@pytest.mark.parametrize("gather", ["none", "lhs", "rhs"])
+@pytest.mark.parametrize("place", [shifted, odd_rows])
+def test_inputs_that_are_not_aligned(target, place, gather):
+    p = Problem(CASES[4], target.device, target.dtype)
+    (lhs, rhs), rows = sides(p, gather)
+    truth, plain = helpers.grouped_wgrad(p, *helpers.doubled(*rows)), helpers.grouped_wgrad(p, *rows)
+    p.plan = p.plan._replace(**{name: shifted(getattr(p.plan, name)) for name in ("offsets_E1", "slots_R")})
+    for name, ours, true, torchs in zip(("dW", "db"), run(p, place(lhs), place(rhs), gather), truth, plain):
+        assert_close(ours, true, torchs, name)
 
 
 @pytest.mark.parametrize("float32", [False, True], ids=["same-dtype", "float32"])

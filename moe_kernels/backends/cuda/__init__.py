@@ -14,6 +14,9 @@ import torch
 
 from moe_kernels.backends.cuda import _extension
 
+#: Twice a width is an int to the kernels (``csrc/require.h``).
+_WIDTHS_END = 2**30
+
 
 def supports(op: str, problem) -> str | None:
     reason = _extension.unavailable() or _device(problem.device)
@@ -26,6 +29,8 @@ def supports(op: str, problem) -> str | None:
             return "no kernel for a width of 0"
         if size % 8:
             return f"width {size} is not a multiple of 8"
+        if size >= _WIDTHS_END:
+            return f"width {size} is not below 2**30"
     if op == "decode_experts":
         return _decode(problem)
     if op in ("topk_route", "topk_route_bwd"):
@@ -43,6 +48,8 @@ def _decode(problem) -> str | None:
 _HOPPER = {"gate_up", "grouped_gemm", "d_activation", "grouped_wgrad"}
 #: Gathered rows are copied 64 columns at a time without a mask; these ops gather rows of width dims[0].
 _GATHERS = {"gate_up", "d_activation"}
+#: The tiles of a width are counted in 16 bits (``csrc/grouped_wgrad.cu``); a single width is that of row sums alone.
+_WIDEST_WGRAD = 2**22
 #: Beside swiglu.
 _ACTIVATIONS = (
     *("geglu", "geglu_tanh", "swiglu_oai", "swiglu_clamp_before", "swiglu_clamp_after"),
@@ -76,6 +83,8 @@ def _hopper(op: str, problem) -> str | None:
         return f"the Hopper kernel makes tiles of 128 rows, the plan has {problem.block_m} (few rows an expert)"
     if op in _GATHERS and problem.dims[0] % 64:
         return f"the Hopper kernel gathers rows of a multiple of 64, not {problem.dims[0]}"
+    if op == "grouped_wgrad" and len(problem.dims) == 2 and max(problem.dims) > _WIDEST_WGRAD:
+        return f"the Hopper kernel takes widths of at most 2**22, not {max(problem.dims)}"
     return None
 
 

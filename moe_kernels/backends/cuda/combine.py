@@ -1,3 +1,8 @@
+"""combine: launches ``csrc/combine.cu``, on copies of rows that can't be read 16 bytes at a time.
+
+An ``out`` of such rows is written from a copy; fp64 weights are read as fp32.
+"""
+
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import address, aligned_rows, dtype_codes, launch

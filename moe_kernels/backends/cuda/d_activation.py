@@ -1,3 +1,9 @@
+"""d_activation: launches ``csrc/d_activation.cu``, on copies of rows that can't be read 16 bytes at a time.
+
+A dH over an H that was copied is copied back. The partial sums of dS, one for each tile of columns, are added up
+here; fp64 routing weights are read as fp32.
+"""
+
 import torch
 from torch import Tensor
 

@@ -1,3 +1,8 @@
+"""decode_experts: launches ``csrc/decode_experts.cu``, on copies of rows that can't be read 16 bytes at a time.
+
+Everything but the expert weights is made contiguous; fp64 routing weights are read as fp32.
+"""
+
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import (

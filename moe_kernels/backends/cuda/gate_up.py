@@ -1,3 +1,5 @@
+"""gate_up: launches ``csrc/gate_up.cu``, on copies of rows that can't be read 16 bytes at a time."""
+
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import (

@@ -1,3 +1,5 @@
+"""grouped_gemm: launches ``csrc/grouped_gemm.cu``, on copies of rows that can't be read 16 bytes at a time."""
+
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import address, aligned_rows, launch_sm90, plan_of, weights_of

@@ -1,3 +1,9 @@
+"""grouped_wgrad: launches ``csrc/grouped_wgrad.cu``, and ``csrc/row_sums.cu`` for the sums of lhs.
+
+Rows that can't be read 16 bytes at a time are copied; what is added to an ``into`` that can't be written so is made
+apart first.
+"""
+
 import torch
 from torch import Tensor
 

@@ -1,3 +1,8 @@
+"""permute: launches ``csrc/permute.cu``, on a copy of rows that can't be read 16 bytes at a time.
+
+fp64 weights are read as fp32.
+"""
+
 from torch import Tensor
 
 from moe_kernels.backends.cuda._extension import address, aligned_rows, dtype_codes, launch

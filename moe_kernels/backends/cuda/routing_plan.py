@@ -1,3 +1,5 @@
+"""routing_plan: launches ``csrc/routing_plan.cu``, on a copy of indices that are not contiguous."""
+
 import torch
 from torch import Tensor
 

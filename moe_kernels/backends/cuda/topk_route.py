@@ -1,3 +1,9 @@
+"""topk_route: launches ``csrc/topk_route.cu``, and ``csrc/topk_route_bwd.cu`` for the backward.
+
+Logits and a bias that can't be read four elements at a time are copied, d_logits is cut out of rows of whole fours; a
+bias and weights in fp64 are fp32 to the kernels.
+"""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor

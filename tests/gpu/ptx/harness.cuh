@@ -1,6 +1,5 @@
-// What the kernels of this folder share. Each is about one wrapper of csrc/ptx, or what csrc/sm90/pipeline.cuh has of
-// their kind, and test_ptx.py's test of the same name says what it shows: that loads the folder as a library of plain
-// functions.
+// What the kernels of this folder share. Each is about one wrapper of csrc/ptx, or a small piece of csrc/sm90, and
+// test_ptx.py's test of the same name says what it shows: that loads the folder as a library of plain functions.
 //
 // No kernel hangs where a wrapper is wrong: waits give up after a second and the results are then wrong, too. Where a
 // wrapper under test does the waiting, a thread that only watches ends the kernel.

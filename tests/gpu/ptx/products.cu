@@ -29,10 +29,10 @@ constexpr int kStepBytes = kChunkBytes + kN * kRowBytes;  // 64 rows of A, kN co
 
 // c [64, kN] = (accumulate: c +) the products of `steps` steps of 64, from two stages that are used in turn. Rows of
 // 64 elements: a [steps, 64] and b [steps, kN] as they lie in shared memory, along or across the reduction.
-template <int kN, int kAcrossA, int kAcrossB>
+template <typename T, int kN, int kAcrossA, int kAcrossB>
 __global__ void __launch_bounds__(kWarpgroup, 1)
     wgmma_kernel(float* c, const uint4* a, const uint4* b, int steps, bool accumulate) {
-    using Product = ptx::Wgmma<__nv_bfloat16, kN, kAcrossA, kAcrossB>;
+    using Product = ptx::Wgmma<T, kN, kAcrossA, kAcrossB>;
     extern __shared__ unsigned char memory[];
     const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     // Of accumulators 4j and 4j + 1; the next two are eight rows below.
@@ -75,14 +75,16 @@ const char* mma(float* c, const uint32_t* a, const uint32_t* b, int half, cudaSt
 }
 
 const char* wgmma(float* c, const uint4* a, const uint4* b, int steps, int accumulate, int across_a, int across_b,
-                  int width, cudaStream_t stream) {
-    const auto run_width = [&](auto of) {
+                  int width, int half, cudaStream_t stream) {
+    const auto run_type = [&](auto type, auto of) {
+        using T = decltype(type);
         constexpr int kN = decltype(of)::value;
-        const auto kernel = across_a   ? across_b ? wgmma_kernel<kN, 1, 1> : wgmma_kernel<kN, 1, 0>
-                            : across_b ? wgmma_kernel<kN, 0, 1>
-                                       : wgmma_kernel<kN, 0, 0>;
+        const auto kernel = across_a   ? across_b ? wgmma_kernel<T, kN, 1, 1> : wgmma_kernel<T, kN, 1, 0>
+                            : across_b ? wgmma_kernel<T, kN, 0, 1>
+                                       : wgmma_kernel<T, kN, 0, 0>;
         return run(kernel, 1, kWarpgroup, kAlignment + 2 * kStepBytes<kN>, stream, c, a, b, steps, accumulate != 0);
     };
+    const auto run_width = [&](auto of) { return half ? run_type(__half(), of) : run_type(__nv_bfloat16(), of); };
     switch (width) {
         case 192: return run_width(std::integral_constant<int, 192>{});
         case 208: return run_width(std::integral_constant<int, 208>{});
