@@ -15,13 +15,12 @@ import sys
 
 import pytest
 import torch
-import torch._inductor.config
 from torch._ops import HigherOrderOperator
 from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Inductor's cache takes a graph for known whatever an op's fake says by now.
-torch._inductor.config.force_disable_caches = True
+torch.compiler.config.force_disable_caches = True
 
 HAS_CUDA = torch.cuda.is_available()
 _INTERPRET = "TRITON_INTERPRET"
