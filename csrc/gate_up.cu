@@ -60,7 +60,10 @@ struct GateUp : EpilogueDefaults {
     int buffer = 0;
 
     __device__ __forceinline__ GateUp(const Arguments& a, const VarlenM&, unsigned char* memory, int c, int t)
-        : args(a), staging(memory + c * kBuffers * kChunkBytes), lane(t % kWarpSize), row(t / kWarpSize * kWarpRows) {}
+        : args(a),
+          staging(memory + c * kBuffers * kChunkBytes),
+          lane(t % kWarpSize),
+          row(uniform(t / kWarpSize) * kWarpRows) {}
 
     template <bool kAcross>
     static __device__ __forceinline__ void load_weights(const Arguments& args, const CUtensorMap& w, unsigned char* to,

@@ -44,7 +44,7 @@ struct StoreTogether : EpilogueDefaults {
     __device__ __forceinline__ void finish(const Tile& tile, int first, int rows, float (&acc)[kTileN / 2],
                                            unsigned char*, Take, Give) {
         const RowsOut out{&args.y, args.data, args.width, args.width};
-        const int lane = thread % kWarpSize, row = thread / kWarpSize * kWarpRows;
+        const int lane = thread % kWarpSize, row = uniform(thread / kWarpSize) * kWarpRows;
         const bool biased = args.bias != nullptr;
         uint32_t bias[kTileN / 64];  // a pair of columns of each chunk, all loaded at once
         if (biased) {

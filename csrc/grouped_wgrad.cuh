@@ -128,7 +128,7 @@ struct Gather {
 #pragma unroll
         for (int turn = 0; turn < kTurns; ++turn) {
             // The last turn has rows for the first warp only.
-            if (turn == kTurns - 1 && first_row >= kTileK - turn * kGatherRows) break;
+            if (turn == kTurns - 1 && all_lanes(first_row >= kTileK - turn * kGatherRows)) break;
             const uint32_t row = __shfl_sync(kFullWarp, number, kRowsOfWarp * turn + lane / 8);
             const unsigned char* from = data + static_cast<uint64_t>(row) * row_bytes;
             const uint32_t address = (turn % 2 == 0 ? even : even ^ 64) + turn * kGatherRows * kRowBytes;
@@ -273,14 +273,14 @@ __device__ __forceinline__ void gather(const Wgrad& p, const Shared<Tiling::kSta
     };
     WgradTile tile = tiles.wait(0);
     int slot = slot_of(tile, tile.begin);
-    for (int j = 0; tile.expert != kStop; ++j) {
+    for (int j = 0; all_lanes(tile.expert != kStop); ++j) {
         const int g = (kCluster * tile.pair + rank) * kM;
-        const bool all_columns = g + kM <= p.gathered_width;
+        const bool all_columns = all_lanes(g + kM <= p.gathered_width);
         const bool inside = g + share.column() < p.gathered_width;
         const unsigned char* gathered =
             static_cast<const unsigned char*>(p.gathered) + (inside ? (g + share.column()) * sizeof(T) : 0);
         asm("" : "+l"(gathered));  // one register pair: keeps the compiler from adding its parts again for every row
-        const int steps = tile.steps();
+        const int steps = uniform(tile.steps());
         for (int k = 0; k < steps; ++k, ring.advance()) {
             const int row = tile.begin + k * kTileK;
             const int token = p.top_k.divide(slot);
@@ -290,7 +290,7 @@ __device__ __forceinline__ void gather(const Wgrad& p, const Shared<Tiling::kSta
                 const WgradTile coming = tiles.wait(j + 1);
                 slot = slot_of(coming, coming.begin);
             }
-            const bool whole = row + kTileK <= tile.end;
+            const bool whole = all_lanes(row + kTileK <= tile.end);
             unsigned char* a = shared.stages + ring.stage * Tiling::kBytesOfStage;
             unsigned char* b = a + Tiling::kBytesOfA;
             ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
@@ -308,8 +308,7 @@ __device__ __forceinline__ void gather(const Wgrad& p, const Shared<Tiling::kSta
                                     row, rows, tile.column * kN, p.contiguous_width - tile.column * kN);
                 }
             }
-            // An operand as the copy engine's, see ptx::elect.
-            ptx::mbarrier_arrive_after_copies(shared.full + uniform(ring.stage));
+            ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);
         }
         tile = tiles.wait(j + 1);
     }
@@ -319,7 +318,7 @@ template <typename Tiling, typename T, typename Out, bool kGatherLhs>
 __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kStages, WgradTile>& shared, int consumer,
                                         int thread) {
     constexpr int kBuffers = Tiling::kBuffers, kChunks = Tiling::kN / 64;
-    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    const int warp = uniform(thread / kWarpSize), lane = thread % kWarpSize;
     const int rank = ptx::cluster_rank();
     // Upright, a warp has made whole rows of a chunk, and sends those. Transposed, the chunk is of all four.
     const int own_row = kGatherLhs ? warp * kWarpRows : 0;
@@ -329,7 +328,7 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
     unsigned char* chunks = shared.staging + consumer * kBuffers * kChunkBytes;
     for (int j = 0;; ++j) {
         const WgradTile tile = shared.tiles.wait(j);
-        if (tile.expert == kStop) break;
+        if (all_lanes(tile.expert == kStop)) break;
         float acc[Tiling::kBlocks][Tiling::kN / 2];
         multiply<T, true, true, true>(acc, shared, ring, tile.steps(), consumer, lane == 0, [](int) {});
         constexpr bool kFloat = std::is_same_v<Out, float>;
@@ -379,7 +378,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     extern __shared__ unsigned char memory[];
     const auto shared = init_shared<Tiling::kStages, Tiling::kStagingBytes, WgradTile, Tiling::kBytesOfStage>(
         memory, kGatherThreads + 1);
-    const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+    const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
         ptx::give_registers<Tiling::kProducerRegisters>();
         short* order = reinterpret_cast<short*>(shared.staging + Tiling::kResultBytes);

@@ -60,7 +60,9 @@ def test_compiles_for_every_architecture_without_spills(name, tmp_path):
     assert len(spills) >= len(archs)
     assert set(spills) == {("0", "0", "0")}, report
     if hopper:
-        assert_no_loop_over_lanes(machine_code(kernels))
+        code = machine_code(kernels)
+        assert_no_loop_over_lanes(code)
+        assert_operands_are_the_warps(code)
 
 
 def machine_code(cubin: Path) -> str:
@@ -73,6 +75,14 @@ def machine_code(cubin: Path) -> str:
 def assert_no_loop_over_lanes(code: str) -> None:
     """The compiler's way with an operand that may differ between lanes where the instruction takes one for all."""
     assert "EXIT" in code and "BRA.U.ANY" not in code, "see elect in csrc/ptx/copy.cuh"
+
+
+def assert_operands_are_the_warps(code: str) -> None:
+    """Descriptors are worked out in uniform registers: none is moved there between two products."""
+    products = [kernel.split("HGMMA")[1:-1] for kernel in code.split("Function :") if "HGMMA" in kernel]
+    assert products and not any("R2UR" in between for kernel in products for between in kernel), (
+        "see uniform in csrc/sm90/pipeline.cuh"
+    )
 
 
 @needs_nvcc

@@ -120,18 +120,11 @@ struct Position {
     __device__ __forceinline__ uint32_t parity() const { return at / kStages & 1; }
 };
 
-// A descriptor of what lies `sixteens` times 16 bytes further, in shared memory: the address is in its lower half, so a
-// 32-bit sum will do. Little may stand between two products here, where no other consumer's fill the gap.
-__device__ __forceinline__ uint64_t further(uint64_t descriptor, uint32_t sixteens) {
-    return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + sixteens);
-}
-
 // acc = the products of a tile's steps, of its first kUsed halves; see multiply.cuh. pass() is called when the last
 // step has arrived.
 template <typename T, int kN, bool kAcross, int kUsed, int kStages, typename Pass>
 __device__ __forceinline__ void multiply_halves(float (&acc)[kHalves][kN / 2], const Shared<kStages, Tile>& shared,
                                                 Position<kStages>& position, int steps, bool first_lane, Pass pass) {
-#pragma unroll 1
     for (int k = 0; k < steps; ++k, ++position.at) {
         const int stage = position.stage();
         const unsigned char* a = shared.stages + stage * PingPong<kN, kAcross, kStages>::kBytes;
@@ -144,9 +137,9 @@ __device__ __forceinline__ void multiply_halves(float (&acc)[kHalves][kN / 2], c
         for (int i = 0; i < kTileK / 16; ++i) {
 #pragma unroll
             for (int half = 0; half < kUsed; ++half) {
-                ptx::Wgmma<T, kN, false, kAcross>::run(
-                    acc[half], further(desc_a, i * Operand<false>::kNext + half * (kChunkBytes >> 4)),
-                    further(desc_b, i * Operand<kAcross>::kNext), (k | i) != 0);
+                ptx::Wgmma<T, kN, false, kAcross>::run(acc[half],
+                                                       desc_a + i * Operand<false>::kNext + half * (kChunkBytes >> 4),
+                                                       desc_b + i * Operand<kAcross>::kNext, (k | i) != 0);
             }
         }
         ptx::wgmma_commit();
@@ -167,7 +160,7 @@ __device__ __forceinline__ void consume_in_turn(const VarlenM& p, const typename
     Epilogue epilogue(args, p, shared.staging, consumer, thread);
     for (int j = 0;; ++j) {
         const Tile tile = shared.tiles.wait(j);
-        if (tile.expert == kStop) break;
+        if (all_lanes(tile.expert == kStop)) break;
         if (j % kConsumers != consumer) continue;
         Position<kStages> position{static_cast<unsigned>(j) * steps};
         const int rows = min(tile.end - tile.first, kTileM);
@@ -212,7 +205,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     extern __shared__ unsigned char memory[];
     const auto shared = init_shared<kStages, Epilogue::kStagingBytes, Tile, Stage::kBytes, 1, kOwnBarriers>(memory, 1);
 
-    const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+    const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
         ptx::give_registers<kProducerRegisters>();
         const int rank = ptx::cluster_rank();

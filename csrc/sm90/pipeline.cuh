@@ -66,8 +66,11 @@ inline Divisor divisor(int d) {
     return {static_cast<uint32_t>(d), static_cast<uint32_t>(((uint64_t{1} << 32) + d - 1) / d)};
 }
 
-// What is the same in all lanes of a warp, so that the compiler knows it, too.
+// What is the same in all lanes of a warp, so that the compiler knows it, too: what follows from it is worked out once
+// a warp, in uniform registers, where wgmma and the copy engine want their operands. So that it dares to, branches
+// around them have to be known as the warp's: all_lanes() of the condition.
 __device__ __forceinline__ int uniform(int of_warp) { return __shfl_sync(kFullWarp, of_warp, 0); }
+__device__ __forceinline__ bool all_lanes(bool of_warp) { return __all_sync(kFullWarp, of_warp); }
 
 // The threads of one warpgroup meet: a consumer, or as number kConsumers the producer. 0 is the id of __syncthreads.
 __device__ __forceinline__ void warpgroup_sync(int consumer) {

@@ -221,9 +221,10 @@ template <typename T, int kStages, typename Epilogue>
 __device__ __forceinline__ void gather(const VarlenM& p, const Shared<kStages, Tile>& shared, int thread) {
     constexpr int kTurns = (kTileM + kGatherRows - 1) / kGatherRows;
     static_assert(kGatherRows % 8 == 4);  // from turn to turn the swizzle changes its bit of four pieces
+    constexpr int kTogether = 2;  // steps, for whose addresses one sum will do
     const int steps = p.steps, piece = thread % 8, first_row = thread / 8;
     const uint32_t at = swizzled(first_row, piece);
-    const bool last = first_row + (kTurns - 1) * kGatherRows < kTileM;  // the same for all of a warp
+    const bool last = all_lanes(first_row + (kTurns - 1) * kGatherRows < kTileM);
     auto& tiles = shared.tiles;
     Ring<kStages> ring;
     int slots[kTurns];
@@ -236,31 +237,38 @@ __device__ __forceinline__ void gather(const VarlenM& p, const Shared<kStages, T
     };
     Tile tile = tiles.wait(0);
     load_slots(tile);
-    for (int j = 0; tile.expert != kStop; ++j) {
-        const bool used = tile.expert != kUnused;
+    for (int j = 0; all_lanes(tile.expert != kStop); ++j) {
+        const bool used = all_lanes(tile.expert != kUnused);
         const unsigned char* source[kTurns];
 #pragma unroll
         for (int i = 0; i < kTurns; ++i) {
             const T* row = static_cast<const T*>(p.rows) + p.top_k.divide(slots[i]) * p.row_stride;
             source[i] = reinterpret_cast<const unsigned char*>(row + piece * 8);
         }
-        for (int k = 0; k < steps; ++k, ring.advance()) {
-            if (k == steps - 1) {
-                tile = tiles.wait(j + 1);
-                load_slots(tile);
-            }
-            ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
-            if (used) {
-                const uint32_t even = ptx::shared_address(shared.stages + ring.stage * kStageBytes) + at;
+        for (int k = 0; k < steps; k += kTogether) {
 #pragma unroll
-                for (int i = 0; i < kTurns; ++i) {
-                    if (i < kTurns - 1 || last) {
-                        const uint32_t to = (i % 2 == 0 ? even : even ^ 64) + i * kGatherRows * kRowBytes;
-                        ptx::cp_async_16(to, source[i] + k * kRowBytes);
+            for (int step = 0; step < kTogether; ++step) {
+                if (k + step == steps) break;
+                if (k + step == steps - 1) {
+                    tile = tiles.wait(j + 1);
+                    load_slots(tile);
+                }
+                ptx::mbarrier_wait(shared.empty + ring.stage, ring.parity ^ 1);
+                if (used) {
+                    const uint32_t even = ptx::shared_address(shared.stages + ring.stage * kStageBytes) + at;
+#pragma unroll
+                    for (int i = 0; i < kTurns; ++i) {
+                        if (i < kTurns - 1 || last) {
+                            const uint32_t to = (i % 2 == 0 ? even : even ^ 64) + i * kGatherRows * kRowBytes;
+                            ptx::cp_async_16(to, source[i] + step * kRowBytes);
+                        }
                     }
                 }
+                ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);
+                ring.advance();
             }
-            ptx::mbarrier_arrive_after_copies(shared.full + ring.stage);
+#pragma unroll
+            for (int i = 0; i < kTurns; ++i) source[i] += kTogether * kRowBytes;
         }
 #pragma unroll
         for (int c = 0; c < Epilogue::kSteps; ++c, ring.advance()) {
@@ -280,10 +288,10 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
     Epilogue epilogue(args, p, shared.staging, consumer, thread);
     for (int j = 0;; ++j) {
         const Tile tile = shared.tiles.wait(j);
-        if (tile.expert == kStop) break;
+        if (all_lanes(tile.expert == kStop)) break;
         const int first = tile.first + consumer * kRows;
         const int rows = min(tile.end - first, kRows);
-        if (rows <= 0) {
+        if (all_lanes(rows <= 0)) {
             for (int k = 0; k < steps + Epilogue::kSteps; ++k, ring.advance()) {
                 ptx::mbarrier_wait(shared.full + ring.stage, ring.parity);
                 if (first_lane) shared.give_back(ring.stage);
@@ -307,7 +315,7 @@ __device__ __forceinline__ void consume(const VarlenM& p, const typename Epilogu
     if (ptx::elect()) ptx::bulk_wait<0>();  // shared memory must outlive the copies that read it
 }
 
-constexpr int kVarlenProducerRegisters = 72, kVarlenConsumerRegisters = 216;
+constexpr int kVarlenProducerRegisters = 56, kVarlenConsumerRegisters = 224;
 static_assert(kVarlenProducerRegisters + kConsumers * kVarlenConsumerRegisters <= (1 + kConsumers) * kLaunchRegisters,
               "otherwise take_registers waits for ever");
 
@@ -318,7 +326,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     extern __shared__ unsigned char memory[];
     const auto shared = init_shared<kStages, Epilogue::kStagingBytes, Tile>(memory, kGather ? kGatherThreads + 1 : 1);
 
-    const int warpgroup = threadIdx.x / kWarpgroup, thread = threadIdx.x % kWarpgroup;
+    const int warpgroup = uniform(threadIdx.x / kWarpgroup), thread = threadIdx.x % kWarpgroup;
     if (warpgroup == 0) {
         ptx::give_registers<kVarlenProducerRegisters>();
         if (uniform(thread / kWarpSize) > 0) {
