@@ -221,6 +221,7 @@ template <typename T, int kStages, typename Epilogue>
 __device__ __forceinline__ void gather(const VarlenM& p, const Shared<kStages, Tile>& shared, int thread) {
     constexpr int kTurns = (kTileM + kGatherRows - 1) / kGatherRows;
     static_assert(kGatherRows % 8 == 4);  // from turn to turn the swizzle changes its bit of four pieces
+
     constexpr int kTogether = 2;  // steps, for whose addresses one sum will do
     const int steps = p.steps, piece = thread % 8, first_row = thread / 8;
     const uint32_t at = swizzled(first_row, piece);
