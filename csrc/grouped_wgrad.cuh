@@ -322,7 +322,7 @@ __device__ __forceinline__ void consume(const Wgrad& p, const Shared<Tiling::kSt
     const int rank = ptx::cluster_rank();
     // Upright, a warp has made whole rows of a chunk, and sends those. Transposed, the chunk is of all four.
     const int own_row = kGatherLhs ? warp * kWarpRows : 0;
-    const bool leads = kGatherLhs || uniform(warp) == 0;  // this warp
+    const bool leads = kGatherLhs || warp == 0;  // this warp
     auto meet = [&] { kGatherLhs ? __syncwarp() : warpgroup_sync(consumer); };
     Ring<Tiling::kStages> ring;
     unsigned char* chunks = shared.staging + consumer * kBuffers * kChunkBytes;

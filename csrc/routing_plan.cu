@@ -7,6 +7,11 @@
 //     positions[r] = row[r], or -1 in bucket E                           [R]
 //     tiles        = per block_m rows of an expert: the expert, its first row; (-1, 0) past the last tile   [2, M]
 //
+// Kernels take the map's tiles two by two, and share weights where both are one expert's. So an expert's tiles begin at
+// an even place; an odd number of them leaves its last one to wait for that of the next expert with an odd number, and
+// both come after that one's others. With first[e] the number of tiles of the experts below e, expert e's begin at
+// first[e] rounded down to even: it is odd where a tile waits.
+//
 // R is cut into chunks of whole sub-chunks of kSubChunk slots, one thread block a chunk; a few more blocks write
 // offsets and tiles. All are on the GPU together (a cooperative launch), so that they can wait for each other once:
 //
@@ -209,20 +214,32 @@ __device__ __forceinline__ void place_sub_chunk(const Arguments& a, int64_t begi
     }
 }
 
-// The expert whose range of tiles holds the tile.
+// One entry of the map of tiles.
 __device__ __forceinline__ void write_tile(const Arguments& a, int64_t tile, const int* offsets_E1,
                                            const int* first_tile_E1) {
+    auto begin_of = [&](int e) { return first_tile_E1[e] & ~1; };
+    auto tiles_of = [&](int e) { return first_tile_E1[e + 1] - first_tile_E1[e]; };
     int expert = -1;
     int row = 0;
     if (tile < first_tile_E1[a.num_experts]) {
-        int low = 0;  // the last expert that starts at or before the tile; an empty one shares its start with the next
+        int low = 0;  // the last expert that begins at or before the tile; an empty one begins where the next does
         int high = a.num_experts;
         while (high - low > 1) {
             const int middle = (low + high) / 2;
-            (first_tile_E1[middle] <= tile ? low : high) = middle;
+            (begin_of(middle) <= tile ? low : high) = middle;
         }
+        int within = static_cast<int>(tile) - begin_of(low);
+        const int paired = tiles_of(low) & ~1;
         expert = low;
-        row = offsets_E1[low] + static_cast<int>(tile - first_tile_E1[low]) * a.block_m;
+        if (within >= paired) {  // a last tile: the one that waits, if one does, then the expert's own
+            if (within == paired && first_tile_E1[low] % 2 != 0) {
+                do {
+                    --expert;
+                } while (tiles_of(expert) % 2 == 0);
+            }
+            within = tiles_of(expert) - 1;
+        }
+        row = offsets_E1[expert] + within * a.block_m;
     }
     a.tiles_2M[tile] = expert;
     a.tiles_2M[a.num_tiles + tile] = row;

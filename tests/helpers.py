@@ -7,6 +7,7 @@ library: T tokens, K experts per token, R = T*K routed rows, E experts, D hidden
 
 import collections
 import itertools
+import math
 import zlib
 from typing import NamedTuple
 
@@ -160,9 +161,15 @@ def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int, rows: Rows | 
     positions = [-1] * indices_TK.numel()
     for position, slot in enumerate(rows.slots):
         positions[slot] = position
-    tiles = [
-        (e, first) for e, (start, end) in enumerate(itertools.pairwise(offsets)) for first in range(start, end, block_m)
-    ]
+    tiles, waiting = [], []
+    for e, (start, end) in enumerate(itertools.pairwise(offsets)):
+        tiles += [(e, first) for first in range(start, end, block_m)]
+        if math.ceil((end - start) / block_m) % 2:  # the last one waits for another expert's
+            waiting.append(tiles.pop())
+        if len(waiting) == 2:
+            tiles += waiting
+            waiting = []
+    tiles += waiting
     bound = indices_TK.numel() // block_m + min(indices_TK.numel(), num_experts)
     tiles += [(-1, 0)] * (bound - len(tiles))
 

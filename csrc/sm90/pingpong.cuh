@@ -9,9 +9,9 @@
 //
 // The two blocks of a cluster have neighbouring row tiles and the same columns, and share the weights if they are one
 // expert's: a block then fetches 128 + kN / 2 rows of 128 bytes a step, 232 for 208 columns. Neighbouring columns of
-// the same rows would share A instead, always: 64 + kN rows, 272. Pairs of row tiles of two experts, which share
-// nothing (336), are one for every two experts: an eighth of all for experts of eight row tiles, so 245 on average, and
-// 272 is reached where an expert has 2.6. varlen_m.cuh's tile of 256 columns takes 256 rows for 23 % more products.
+// the same rows would share A instead, always: 64 + kN rows, 272. Pairs of two experts' last row tiles, which share
+// nothing (336), are one for every four experts: a sixteenth of all for experts of eight row tiles, so 239 on average,
+// and 272 is reached where an expert has 1.3. varlen_m.cuh's tile of 256 columns takes 256 rows for 23 % more products.
 //
 // Steps have one order: that of a block's tiles, and within each of its reduction. Say position for a step's place in
 // it; both blocks of a cluster have the same positions, taken by the same consumer. Why waits tell phases apart, and

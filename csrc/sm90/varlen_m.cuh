@@ -8,10 +8,11 @@
 // tiles of A and W in flight and runs ahead into the next tile while the consumers are in their epilogue. Contiguous
 // operands come by the copy engine, gathered rows of A by cp.async of three of its warps, both counted on the same
 // mbarrier. A cluster is two blocks with neighbouring row tiles and the same columns. Where both belong to one expert,
-// each fetches half of the weights for both: a third less from L2, which is what limits the kernel next to power. Row
-// tiles of two experts make a pair all the same, without sharing. Grid: a block a multiprocessor; clusters draw their
-// tiles one by one. A tile that ends an expert covers the next expert's rows too; they are computed (or, a whole half,
-// skipped) and not stored. Who makes a tile depends on timing, what becomes of it does not: reruns are bitwise equal.
+// each fetches half of the weights for both: a third less from L2, which is what limits the kernel next to power. The
+// last tiles of two experts that have an odd number each make a pair all the same, without sharing (routing_plan.cu).
+// Grid: a block a multiprocessor; clusters draw their tiles one by one. A tile that ends an expert covers the next
+// expert's rows too; they are computed (or, a whole half, skipped) and not stored. Who makes a tile depends on timing,
+// what becomes of it does not: reruns are bitwise equal.
 //
 // Ideas: warp-specialised gather by cp.async beside the copy engine, QuACK and SonicMoE (arXiv 2512.14080); 128x256
 // tiles with two consumers, CUTLASS and fast.cu.

@@ -3,7 +3,8 @@
     offsets_E1   int32 [E+1]      expert e owns sorted rows offsets[e]..offsets[e+1]
     slots_R      int32 [R]        slot t*K+k of each sorted row; a permutation: dropped slots come last
     positions_TK int32 [T, K]     sorted row of each slot, -1 where the slot was dropped
-    tiles_2M     int32 [2, M]     per tile of block_m rows: its expert (-1: unused) and its first row
+    tiles_2M     int32 [2, M]     per tile of block_m rows: its expert (-1: unused) and its first row; two by two of
+                                  one expert, but for last ones of two experts that have an odd number each
 
 Slots keep their order inside an expert (a stable counting sort), so a plan is a pure function of the indices.
 Ids below 0 or >= num_experts mean "no expert": the slot is dropped and contributes nothing. Ids may repeat in a row.

@@ -88,20 +88,36 @@ def _sort(x, DIMS: tl.constexpr):
 
 
 @triton.jit
+def _maximum(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
 def _write_tiles(
     tiles_ptr, first_tile, num_tiles, totals, offsets, num_experts, TILES: tl.constexpr, ROWS: tl.constexpr
 ):
+    """An expert's tiles begin at an even place. An odd number leaves the last one to wait for that of the next expert
+    with an odd number, and both come after that one's others."""
     tiles = (totals + ROWS - 1) // ROWS
     ends = tl.cumsum(tiles, 0)
-    # A tile's expert is the number of experts that end at or before it.
+    before = ends - tiles  # odd where a tile waits
+    # A tile's expert is the number of experts but the first that begin at or before it.
     o_e = tl.arange(0, totals.shape[0])
-    ended = (o_e < num_experts) & (ends < first_tile + TILES)
-    experts = tl.cumsum(tl.histogram(tl.maximum(ends - first_tile, 0), TILES, mask=ended), 0)
-    used = experts < num_experts
-    shift = offsets - (ends - tiles) * ROWS
+    begins = ends & ~1  # of the next expert
+    begun = (o_e < num_experts - 1) & (begins < first_tile + TILES)
+    experts = tl.cumsum(tl.histogram(tl.maximum(begins - first_tile, 0), TILES, mask=begun), 0)
+
     o_t = first_tile + tl.arange(0, TILES)
-    rows = o_t * ROWS + tl.gather(shift, tl.where(used, experts, 0), 0)
-    tl.store(tiles_ptr + o_t, tl.where(used, experts, -1), mask=o_t < num_tiles)
+    first = tl.gather(before, experts, 0)
+    within = o_t - (first & ~1)
+    paired = tl.gather(tiles, experts, 0) & ~1
+    waited = (within == paired) & (first % 2 == 1)
+    last_odd = tl.associative_scan(tl.where(tiles % 2 == 1, o_e, 0), 0, _maximum)
+    experts_of = tl.where(waited, tl.gather(last_odd, tl.maximum(experts - 1, 0), 0), experts)
+    within = tl.where(within < paired, within, tl.gather(tiles, experts_of, 0) - 1)
+    rows = tl.gather(offsets, experts_of, 0) + within * ROWS
+    used = o_t < tl.sum(tiles, 0)
+    tl.store(tiles_ptr + o_t, tl.where(used, experts_of, -1), mask=o_t < num_tiles)
     tl.store(tiles_ptr + num_tiles + o_t, tl.where(used, rows, 0), mask=o_t < num_tiles)
 
 
