@@ -7,7 +7,6 @@ library: T tokens, K experts per token, R = T*K routed rows, E experts, D hidden
 
 import collections
 import itertools
-import math
 import zlib
 from typing import NamedTuple
 
@@ -163,9 +162,10 @@ def naive_plan(indices_TK: Tensor, num_experts: int, block_m: int, rows: Rows | 
         positions[slot] = position
     tiles, waiting = [], []
     for e, (start, end) in enumerate(itertools.pairwise(offsets)):
-        tiles += [(e, first) for first in range(start, end, block_m)]
-        if math.ceil((end - start) / block_m) % 2:  # the last one waits for another expert's
-            waiting.append(tiles.pop())
+        own = [(e, first) for first in range(start, end, block_m)]
+        if len(own) % 2:  # the last one waits for another expert's
+            waiting.append(own.pop())
+        tiles += own
         if len(waiting) == 2:
             tiles += waiting
             waiting = []

@@ -61,6 +61,16 @@ def check_invariants(plan, indices, E):
     rows = [(e, row) for e, (start, end) in enumerate(itertools.pairwise(offsets)) for row in range(start, end)]
     assert sorted(covered) == rows, "the tiles cover each expert's rows exactly once"
 
+    used = [tile for tile in tiles if tile[0] >= 0]
+    assert tiles[: len(used)] == used, "unused tiles come last"
+    for pair in zip(used[::2], used[1::2]):
+        if pair[0][0] != pair[1][0]:
+            for e, first in pair:
+                last = first + plan.block_m >= offsets[e + 1]
+                assert last and (first - offsets[e]) // plan.block_m % 2 == 0, (
+                    "of two experts: last ones of an odd number"
+                )
+
 
 @pytest.mark.parametrize(
     "slots,experts,block_m",
