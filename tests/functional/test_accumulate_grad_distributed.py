@@ -1,6 +1,7 @@
 """accumulate_grad with the wrappers of torch.distributed, two processes of gloo on the CPU each."""
 
 import contextlib
+import gc
 import warnings
 
 import pytest
@@ -77,6 +78,7 @@ def process(rank, store, wrap, options):
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
     dist.barrier()  # nobody leaves while the other still reduces
+    gc.collect()  # wrapped models hold the group in cycles, and its threads must end before the interpreter does
     dist.destroy_process_group()
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PART = 256
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and activations are computed in: fp32, or fp64 for fp64 data."""
@@ -38,6 +40,12 @@ def product_per_expert(rows: Tensor, w_ECN: Tensor, out: Tensor, counts: list[in
     # split and unbind make all the views in one call each: with many small experts slicing costs more than the products
     for a, w, y in zip(rows[:kept].split(counts), w_ECN.unbind(), out[:kept].split(counts)):
         torch.mm(a, w, out=y)
+
+
+def parts(rows: int) -> list[slice]:
+    """The rows, a few hundred at a time, for an epilogue: its temporaries then stay in the cache and in the allocator's
+    hands. With megabytes each it can take twice as long, page faults mostly."""
+    return [slice(first, min(first + _PART, rows)) for first in range(0, rows, _PART)]
 
 
 def _relu2(z: Tensor) -> Tensor:
@@ -124,24 +132,27 @@ def activate(
     return nonlinearity(gate).mul_(up)
 
 
-def activate_bwd(
+def activate_bwd_(
+    d_h: Tensor,
     d_a: Tensor,
     h: Tensor,
     activation: str,
     alpha: float | None = None,
     limit: float | None = None,
     interleaved: bool = False,
-) -> Tensor:
-    """Gradient of ``activate`` in h."""
+) -> None:
+    """The gradient of ``activate`` in h, to ``d_h``, which may be where h comes from."""
     if activation in _CLAMPED:
         d_gate, d_up = _CLAMPED[activation][1](d_a, *_gate_and_up(h, interleaved), alpha, limit)
     else:
         gated, nonlinearity, nonlinearity_bwd = _NONLINEARITIES[activation]
         if not gated:
-            return nonlinearity_bwd(d_a, h)
+            d_h.copy_(nonlinearity_bwd(d_a, h))
+            return
         gate, up = _gate_and_up(h, interleaved)
         d_gate, d_up = nonlinearity_bwd(d_a * up, gate), nonlinearity(gate).mul_(d_a)
-    return torch.stack([d_gate, d_up], dim=-1).flatten(-2) if interleaved else torch.cat([d_gate, d_up], dim=-1)
+    for to, half in zip(_gate_and_up(d_h, interleaved), (d_gate, d_up)):
+        to.copy_(half)
 
 
 def _gate_and_up(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

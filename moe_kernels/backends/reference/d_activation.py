@@ -4,7 +4,8 @@ from torch import Tensor
 from moe_kernels.backends.reference._common import (
     accumulator,
     activate,
-    activate_bwd,
+    activate_bwd_,
+    parts,
     product_per_expert,
     rows_per_expert,
     without_autocast,
@@ -36,12 +37,13 @@ def d_activation(
     a_RI = h_RN.new_empty(h_RN.shape[0], w_down_EDI.shape[2])
     d_weights_TK = torch.zeros(weights_TK.shape, dtype=acc, device=h_RN.device)
 
-    # A' is written last, so its memory holds dA' until then.
+    # A' is written after all that needs dA', whose memory it takes.
     product_per_expert(d_out_TD.index_select(0, slots // max(weights_TK.shape[1], 1)), w_down_EDI, a_RI, counts)
-    d_a, h = a_RI[:kept].to(acc), h_RN[:kept].to(acc)
-    a = activate(h, *how)
-    s = weights_TK.reshape(-1)[slots, None].to(acc)
-    d_weights_TK.view(-1)[slots] = (d_a * a).sum(-1)
-    dh_RN[:kept] = activate_bwd(d_a.mul_(s), h, *how)
-    a_RI[:kept] = a.mul_(s)
+    s_R1 = weights_TK.reshape(-1)[slots, None].to(acc)
+    for part in parts(kept):
+        d_a, h, s = a_RI[part].to(acc), h_RN[part].to(acc), s_R1[part]
+        a = activate(h, *how)
+        d_weights_TK.view(-1)[slots[part]] = (d_a * a).sum(-1)
+        activate_bwd_(dh_RN[part], d_a.mul_(s), h, *how)
+        a_RI[part] = a.mul_(s)
     return a_RI, d_weights_TK

@@ -3,6 +3,7 @@ from torch import Tensor
 from moe_kernels.backends.reference._common import (
     accumulator,
     activate,
+    parts,
     product_per_expert,
     rows_per_expert,
     without_autocast,
@@ -35,8 +36,7 @@ def gate_up(
     how = activation, alpha, limit, interleaved
     a_RI = activate(h_RN[:0], *how)
     if store_a:
-        a = activate(h_RN[:kept].to(accumulator(x_TD.dtype)), *how)
-        a_RI = a if a.shape[0] == h_RN.shape[0] and a.dtype == h_RN.dtype else x_TD.new_empty(h_RN.shape[0], a.shape[1])
-        if a_RI is not a:
-            a_RI[:kept] = a
+        a_RI = x_TD.new_empty(h_RN.shape[0], a_RI.shape[1])
+        for part in parts(kept):
+            a_RI[part] = activate(h_RN[part].to(accumulator(x_TD.dtype)), *how)
     return h_RN if store_h else h_RN[:0], a_RI
