@@ -16,16 +16,16 @@ def routing_plan(indices_TK: Tensor, num_experts: int, block_m: int):
     positions_R[slots_R] = torch.arange(slots_R.numel(), device=slots_R.device)
     positions_R = torch.where(ids_R == num_experts, -1, positions_R)
 
-    tiles = _tiles(offsets_E1.tolist(), ids_R.numel(), block_m)
+    experts, rows = _tiles(offsets_E1.tolist(), ids_R.numel(), block_m)
     return (
         offsets_E1.int(),
         slots_R.int(),
         positions_R.int().reshape(indices_TK.shape),
-        slots_R.new_tensor(tiles, dtype=torch.int32).reshape(-1, 2).T.contiguous(),
+        slots_R.new_tensor([experts, rows], dtype=torch.int32),
     )
 
 
-def _tiles(offsets: list[int], num_slots: int, block_m: int) -> list[tuple[int, int]]:
+def _tiles(offsets: list[int], num_slots: int, block_m: int) -> tuple[list[int], list[int]]:
     """An expert's tiles begin at an even place. An odd number leaves the last one to wait for that of the next expert
     with an odd number, and both come after that one's others."""
     tiles, waiting = [], []
@@ -38,4 +38,5 @@ def _tiles(offsets: list[int], num_slots: int, block_m: int) -> list[tuple[int, 
             tiles += waiting
             waiting = []
     tiles += waiting
-    return tiles + [(-1, 0)] * (num_slots // block_m + min(num_slots, len(offsets) - 1) - len(tiles))
+    tiles += [(-1, 0)] * (num_slots // block_m + min(num_slots, len(offsets) - 1) - len(tiles))
+    return [expert for expert, _ in tiles], [row for _, row in tiles]
